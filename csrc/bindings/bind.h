@@ -1,0 +1,6 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+// One function per part of the library; module.cpp calls each once.
+void bind_solvers(nanobind::module_& m);

@@ -1,0 +1,4 @@
+"""Shared communication: tensor registry, transports, all-to-all, point-to-point, plan store, rank launch.
+
+Not built yet.
+"""

@@ -1,0 +1,35 @@
+"""Balancing micro-batches over data-parallel replicas (paper section 4): Karmarkar-Karp number partitioning."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from llmsys.core.errors import InputError
+
+
+def karmarkar_karp(values: Sequence[float], num_parts: int) -> list[list[int]]:
+    """Indices of ``values`` in ``num_parts`` parts of similar sums, each part sorted.
+
+    The largest differencing method: the two most uneven partial solutions are merged, heaviest part with lightest,
+    until one is left. With at least ``num_parts`` positive values no part is empty. InputError for no parts.
+    """
+    if num_parts < 1:
+        raise InputError("values need a part to go to", expected="num_parts >= 1", found=str(num_parts))
+    # Entries (-spread, number, [(sum, indices), ...] heaviest first); numbers break ties, so runs are repeatable.
+    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
+    for index, value in enumerate(values):
+        empty: list[tuple[float, list[int]]] = [(0.0, []) for _ in range(num_parts - 1)]
+        heap.append((-value if num_parts > 1 else 0.0, index, [(value, [index]), *empty]))
+    heapq.heapify(heap)
+    number = len(heap)
+    if not heap:
+        return [[] for _ in range(num_parts)]
+    while len(heap) > 1:
+        _, _, first = heapq.heappop(heap)
+        _, _, second = heapq.heappop(heap)
+        merged = [(a + b, x + y) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
+        merged.sort(key=lambda part: -part[0])
+        heapq.heappush(heap, (merged[-1][0] - merged[0][0], number, merged))
+        number += 1
+    return [sorted(indices) for _, indices in heap[0][2]]

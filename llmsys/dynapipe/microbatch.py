@@ -1,0 +1,162 @@
+"""Micro-batch construction: the dynamic program over ordered samples (paper section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsys import _C
+from llmsys.core.errors import InfeasibleError
+from llmsys.dynapipe.config import PlannerConfig, Recompute
+from llmsys.dynapipe.costs import CostModel
+from llmsys.dynapipe.workload import Samples
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PaddedLengths:
+    """Lengths of every sample as a micro-batch of its own would pad them, in tokens; shape (n,) each."""
+
+    encoder_len: IntArray
+    decoder_len: IntArray
+
+    @classmethod
+    def of(cls, samples: Samples, *, encoder_decoder: bool, config: PlannerConfig) -> PaddedLengths:
+        extra = config.decoder_extra_tokens if encoder_decoder else 0
+        return cls(
+            encoder_len=round_up(samples.encoder_len, config.length_multiple),
+            decoder_len=round_up(samples.decoder_len + extra, config.length_multiple),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Partition:
+    """Micro-batches as the dynamic program made them.
+
+    ``groups``: sample indices of each. ``times_ms``: forward plus backward time of each on its slowest device.
+    ``objective_ms``: (stages - 1) / chunks * longest + sum / replicas. ``recompute``: assumed by the costs.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    times_ms: tuple[float, ...]
+    objective_ms: float
+    recompute: Recompute
+    stored_fraction: float
+
+
+def round_up(lengths: IntArray, multiple: int) -> IntArray:
+    return -(-lengths // multiple) * multiple
+
+
+def partition(
+    padded: PaddedLengths,
+    order: IntArray,
+    cost_model: CostModel,
+    config: PlannerConfig,
+    recompute: Recompute,
+    stored_fraction: float,
+) -> Partition | None:
+    """The best cut of ``order`` into micro-batches, exact for the objective; None when memory allows none.
+
+    ``stored_fraction``: the part of the free memory that one micro-batch's stored activations may take. With
+    1 / pipeline any schedule that holds as many micro-batches as there are devices fits.
+    """
+    parallelism = cost_model.parallelism
+    encoder, decoder, head = cost_model.native_tables(recompute)
+    limits = config.device_limits_mb(parallelism.pipeline)
+    result = _C.partition_samples(
+        encoder,
+        decoder,
+        head,
+        cost_model.device_loads(recompute, limits, stored_fraction),
+        np.ascontiguousarray(padded.encoder_len[order]),
+        np.ascontiguousarray(padded.decoder_len[order]),
+        (parallelism.pipeline - 1) / parallelism.num_chunks,
+        float(parallelism.data),
+        cost_model.max_micro_batch_size,
+    )
+    if not result["feasible"]:
+        return None
+    ends = result["ends"].tolist()
+    begins = [0, *ends[:-1]]
+    in_order = order.tolist()
+    return Partition(
+        groups=tuple(tuple(in_order[begin:end]) for begin, end in zip(begins, ends, strict=True)),
+        times_ms=tuple(result["times_ms"].tolist()),
+        objective_ms=result["objective_ms"],
+        recompute=recompute,
+        stored_fraction=stored_fraction,
+    )
+
+
+def fits_share(
+    made: Partition, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig, stored_fraction: float
+) -> bool:
+    """Whether a partition keeps to a smaller share of the memory as well; it is then the best one for that share."""
+    encoder, decoder, head = cost_model.native_tables(made.recompute)
+    limits = config.device_limits_mb(cost_model.parallelism.pipeline)
+    counts, encoder_len, decoder_len = np.ascontiguousarray(group_shapes(made.groups, padded).T)
+    loads = cost_model.device_loads(made.recompute, limits, stored_fraction)
+    times = _C.micro_batch_times(encoder, decoder, head, loads, encoder_len, decoder_len, counts)
+    return bool(np.isfinite(times).all())
+
+
+def group_shapes(groups: tuple[tuple[int, ...], ...], padded: PaddedLengths) -> IntArray:
+    """Rows (samples, encoder length, decoder length) of each group, shape (groups, 3)."""
+    return np.array(
+        [
+            [len(group), padded.encoder_len[list(group)].max(), padded.decoder_len[list(group)].max()]
+            for group in groups
+        ],
+        dtype=np.int64,
+    ).reshape(-1, 3)
+
+
+def explain_infeasible(
+    samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
+) -> InfeasibleError:
+    """Why no partition exists: the longest sample that does not fit by itself, with its length and the limit."""
+    parallelism = cost_model.parallelism
+    limits = np.array(config.device_limits_mb(parallelism.pipeline))
+    fits = np.zeros(len(samples), dtype=np.bool_)
+    least_mb = np.inf
+    ones = np.ones(len(samples), dtype=np.int64)
+    shapes = np.stack([ones, padded.encoder_len, padded.decoder_len], axis=1)
+    for recompute in config.recompute:
+        state = cost_model.state_mb(recompute)
+        costs = cost_model.micro_batch_costs(shapes, recompute)
+        peak = np.zeros((len(samples), parallelism.pipeline))
+        for device in range(parallelism.pipeline):
+            stages = cost_model.device_stages(device)
+            peak[:, device] = state[device] + costs.forward_peak_mb[:, stages].sum(axis=1)
+        fits |= costs.feasible & (peak <= limits).all(axis=1)
+        least_mb = min(least_mb, float(state.max()))
+    if least_mb > limits.min():
+        return InfeasibleError(
+            "the model itself does not fit",
+            expected=f"at most {limits.min():.0f} MB a device",
+            found=f"{least_mb:.0f} MB of parameters, gradients and optimizer state with {parallelism.label()}, "
+            f"zero_stage={parallelism.zero_stage}",
+            fix="raise pipeline, tensor or zero_stage, or memory_limit_mb",
+        )
+    longest_covered = cost_model.max_lengths
+    if fits.all():
+        return InfeasibleError(
+            "no partition into micro-batches fits",
+            expected=f"at most {limits.min():.0f} MB a device",
+            found=f"{len(samples)} samples that fit one by one",
+            fix="raise memory_limit_mb, or allow more kinds of recompute",
+        )
+    total = samples.encoder_len + samples.decoder_len
+    worst = int(np.where(fits, -1, total).argmax())
+    return InfeasibleError(
+        f"sample {worst} fits no micro-batch",
+        expected=f"at most {limits.min():.0f} MB a device, and lengths the profile covers: encoder up to "
+        f"{longest_covered[0]}, decoder up to {longest_covered[1]}",
+        found=f"sample {worst}: encoder length {samples.encoder_len[worst]}, decoder length "
+        f"{samples.decoder_len[worst]} ({int((~fits).sum())} such samples in all)",
+        fix="truncate samples (max_len), raise tensor or memory_limit_mb, or allow recompute 'full'",
+    )

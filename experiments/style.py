@@ -50,9 +50,22 @@ _METHOD_COLORS = {
     "interleaved1f1b": OLIVE,
     "adaptivenoreorder": SKY,
     "adaptive": BLUE,
+    "search": GREEN,
+    "dynapipeownmicrobatches": PURPLE,
+    "backwardworkspacecounted": BLUE,
+    "leftoutoftheplanpublicplannersrule": GREY,
+    "ours": BLUE,
+    "oursbackwardworkspacecounted": SKY,
     "publicplanner": GREY,
+    "publicplannersplanourcosts": OLIVE,
     "gpt": BLUE,
     "t5": ORANGE,
+    "gpt335b": SKY,
+    "gpt67b": BLUE,
+    "t556b": OLIVE,
+    "t511b": ORANGE,
+    "t522b": PURPLE,
+    "t545b": VERMILLION,
 }
 
 

@@ -61,6 +61,11 @@ def partition_samples(
     ``devices`` has rows (encoder layers, decoder layers, has head, stored limit, peak limit).
     """
 
+def partition_runs(
+    offset: NDArray[np.int64], times_ms: NDArray[np.float64], pipeline_factor: float, num_replicas: float
+) -> PartitionResult:
+    """The same from given times: ``times_ms[offset[i] + k]`` is that of samples i to i + k, inf if it does not fit."""
+
 def micro_batch_times(
     encoder: CostTable | None,
     decoder: CostTable,

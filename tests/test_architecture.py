@@ -35,13 +35,13 @@ FILE_RANKS: dict[str, float] = {
     "runtime": 4,
 }
 EXTRA_RANKS: dict[str, dict[str, float]] = {
-    "dynapipe": {"data": 0, "profile": 0.5}
+    "dynapipe": {"data": 0, "profile": 0.5, "grid": 3}
     | dict.fromkeys(("ordering", "balance", "microbatch", "schedule", "communication"), 2.5),
     "lancet": {"passes": 4},
 }
 # The plan is all that a planner and its executors share. Order and lifetimes of transfers are part of what a
 # plan means, so executors may use `communication`.
-NOT_FOR_EXECUTORS = ("planner", "baselines", "ordering", "balance", "microbatch", "schedule")
+NOT_FOR_EXECUTORS = ("planner", "baselines", "grid", "ordering", "balance", "microbatch", "schedule")
 EXECUTORS = ("simulator", "runtime")
 
 TORCH = ("torch", "triton")

@@ -59,6 +59,18 @@ MicroBatchCost make_cost(std::shared_ptr<CostTable> encoder, std::shared_ptr<Cos
     return MicroBatchCost({std::move(encoder), std::move(decoder), std::move(head)}, std::move(loads));
 }
 
+nb::dict partition_to_python(Partition found, std::size_t num_runs) {
+    nb::dict result;
+    result["feasible"] = found.feasible;
+    result["ends"] = to_numpy(std::move(found.ends));
+    result["times_ms"] = to_numpy(std::move(found.times_ms));
+    result["objective_ms"] = found.objective_ms;
+    result["t_max_ms"] = found.t_max_ms;
+    result["num_evaluations"] = found.num_evaluations;
+    result["num_runs"] = num_runs;
+    return result;
+}
+
 nb::dict partition(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
                    std::shared_ptr<CostTable> head, const Matrix& devices, const Integers& encoder_len,
                    const Integers& decoder_len, double pipeline_factor, double num_replicas, std::int64_t max_size) {
@@ -72,15 +84,18 @@ nb::dict partition(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable
         num_runs = runs.num_runs();
         found = partition_samples(runs, pipeline_factor, num_replicas);
     }
-    nb::dict result;
-    result["feasible"] = found.feasible;
-    result["ends"] = to_numpy(std::move(found.ends));
-    result["times_ms"] = to_numpy(std::move(found.times_ms));
-    result["objective_ms"] = found.objective_ms;
-    result["t_max_ms"] = found.t_max_ms;
-    result["num_evaluations"] = found.num_evaluations;
-    result["num_runs"] = num_runs;
-    return result;
+    return partition_to_python(std::move(found), num_runs);
+}
+
+nb::dict partition_given(const Integers& offset, const Doubles& times_ms, double pipeline_factor, double num_replicas) {
+    const auto begins = to_vector(offset);
+    RunTimes runs(std::vector<std::size_t>(begins.begin(), begins.end()), to_vector(times_ms));
+    Partition found;
+    {
+        nb::gil_scoped_release release;
+        found = partition_samples(runs, pipeline_factor, num_replicas);
+    }
+    return partition_to_python(std::move(found), runs.num_runs());
 }
 
 nb::object run_times(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
@@ -218,6 +233,9 @@ void bind_solvers(nb::module_& m) {
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("pipeline_factor"),
           nb::arg("num_replicas"), nb::arg("max_size"),
           "Splits an ordered sequence of samples into micro-batches; exact for DynaPipe's objective.");
+    m.def("partition_runs", &partition_given, nb::arg("offset"), nb::arg("times_ms"), nb::arg("pipeline_factor"),
+          nb::arg("num_replicas"),
+          "The same from given times: row i of the runs, from offset[i], holds those that begin at sample i.");
     m.def("micro_batch_times", &run_times, nb::arg("encoder").none(), nb::arg("decoder"), nb::arg("head"),
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("counts"),
           "Times of micro-batches on their slowest device, infinite where they do not fit.");

@@ -34,7 +34,9 @@ MicroBatchCost::MicroBatchCost(LayerTables tables, std::vector<DeviceLoad> devic
 
 const MicroBatchCost::Cut& MicroBatchCost::cut(std::int64_t encoder_len, std::int64_t decoder_len) {
     const std::uint64_t key = (static_cast<std::uint64_t>(encoder_len) << 32) | static_cast<std::uint64_t>(decoder_len);
-    if (key == last_key_) return *last_cut_;
+    if (last_cut_ && key == last_key_) return *last_cut_;
+    LLMSYS_CHECK(encoder_len >= 0 && decoder_len >= 0,
+                 "lengths must not be negative, got " << encoder_len << " and " << decoder_len);
     if (2 * num_cuts_ >= cuts_.size()) {
         std::vector<std::pair<std::uint64_t, std::unique_ptr<Cut>>> larger(2 * cuts_.size());
         for (auto& [old_key, value] : cuts_) {
@@ -72,9 +74,12 @@ Cell MicroBatchCost::operator()(std::int64_t encoder_len, std::int64_t decoder_l
             index < brackets.size() ? brackets[index] : locate(table.batch_axis(), static_cast<double>(count));
         if (!b.inside) return {kInfinity, kInfinity, kInfinity, kInfinity};
         const std::size_t high = table.batch_axis().size() > 1 ? b.low + 1 : b.low;
-        const auto value = [&](const std::vector<double>& v) { return interpolate(v[b.low], v[high], b.weight); };
+        // Below the grid extrapolation may pass 0.
+        const auto value = [&](const std::vector<double>& v) {
+            return std::max(0.0, interpolate(v[b.low], v[high], b.weight));
+        };
         return {value(line.forward) + value(line.backward), value(line.stored), value(line.peak),
-                value(line.stored_floor)};
+                b.weight < 0.0 ? 0.0 : value(line.stored_floor)};
     };
     const Layer encoder = tables_.encoder ? read(*tables_.encoder, encoder_brackets_, cut.encoder) : Layer{};
     const Layer decoder = read(*tables_.decoder, decoder_brackets_, cut.decoder);
@@ -132,6 +137,18 @@ RunTimes::RunTimes(MicroBatchCost& cost, const std::vector<std::int64_t>& encode
         offset_[begin + 1] = last_feasible;
         max_width_ = std::max(max_width_, last_feasible - offset_[begin]);
     }
+}
+
+RunTimes::RunTimes(std::vector<std::size_t> offset, std::vector<double> time_ms)
+    : offset_(std::move(offset)), time_ms_(std::move(time_ms)) {
+    LLMSYS_CHECK(!offset_.empty() && offset_.front() == 0 && offset_.back() == time_ms_.size(),
+                 "the rows of the runs must cover all " << time_ms_.size() << " times");
+    for (std::size_t begin = 0; begin < num_samples(); ++begin) {
+        LLMSYS_CHECK(offset_[begin] <= offset_[begin + 1], "the rows of the runs must be in order");
+        LLMSYS_CHECK(begin + width(begin) <= num_samples(), "row " << begin << " reaches past the last sample");
+        max_width_ = std::max(max_width_, width(begin));
+    }
+    for (const double time : time_ms_) LLMSYS_CHECK(time >= 0.0, "times must not be negative, got " << time);
 }
 
 namespace {
@@ -204,11 +221,9 @@ class StepSearch {
         const double least_total = evaluate(kInfinity);
         if (least_total < kInfinity && factor_ > 0) {
             // A few coarse steps first: a good partition bounds the candidates that have to be sorted.
-            double t_max = last_t_max_, infeasible = 0.0;
-            while (infeasible == 0.0) {
-                t_max /= 2;
-                if (evaluate(t_max) == kInfinity) infeasible = t_max;
-            }
+            double t_max = last_t_max_ / 2;
+            while (t_max > 0 && evaluate(t_max) < kInfinity) t_max /= 2;
+            const double infeasible = t_max;
             collect_candidates(infeasible, (best_.objective_ms - least_total / replicas_) / factor_);
             if (!candidates_.empty()) {
                 const std::size_t last = candidates_.size() - 1;

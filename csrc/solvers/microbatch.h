@@ -59,6 +59,9 @@ class RunTimes {
     RunTimes(MicroBatchCost& cost, const std::vector<std::int64_t>& encoder_len,
              const std::vector<std::int64_t>& decoder_len, std::int64_t max_size);
 
+    // Row i is time_ms[offset[i]] to time_ms[offset[i + 1]].
+    RunTimes(std::vector<std::size_t> offset, std::vector<double> time_ms);
+
     std::size_t num_samples() const { return offset_.size() - 1; }
     std::size_t width(std::size_t begin) const { return offset_[begin + 1] - offset_[begin]; }
     const double* row(std::size_t begin) const { return time_ms_.data() + offset_[begin]; }

@@ -88,15 +88,19 @@ std::vector<double> CostTable::cut_column(const std::vector<double>& column, con
 CostLine CostTable::cut(const double* lengths) const {
     Bracket brackets[2];
     const std::size_t num_batches = axes_.back().size();
+    bool below = false;
     for (std::size_t axis = 0; axis < num_lengths(); ++axis) {
         brackets[axis] = locate(axes_[axis], lengths[axis]);
         if (!brackets[axis].inside) {
             const std::vector<double> none(num_batches, kInfinity);
             return {none, none, none, none, none};
         }
+        below = below || brackets[axis].weight < 0.0;
     }
+    // Extrapolation may raise the floor above what a longer micro-batch stores, or run into a hole beside it.
     return {cut_column(columns_[0], brackets), cut_column(columns_[1], brackets), cut_column(columns_[2], brackets),
-            cut_column(columns_[3], brackets), cut_column(columns_[4], brackets)};
+            cut_column(columns_[3], brackets),
+            below ? std::vector<double>(num_batches, 0.0) : cut_column(columns_[4], brackets)};
 }
 
 }  // namespace llmsys

@@ -30,7 +30,7 @@ inline double interpolate(double a, double b, double w) {
 // Costs of one layer for every micro-batch size at fixed padded lengths: the profile cut along its last axis.
 struct CostLine {
     std::vector<double> forward, backward, stored, peak;
-    std::vector<double> stored_floor;  // see CostTable
+    std::vector<double> stored_floor;  // see CostTable; 0 below the grid
 };
 
 // A measured grid of one layer's costs. The axes are one or two padded lengths, then the micro-batch size.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -178,15 +178,19 @@ def roofline_ms(
     return 1e3 * max(compute_s, memory_s)
 
 
-def alpha_beta_ms(size_mb: float, link: LinkSpec | None) -> float:
-    """Time of one message in milliseconds; 0 over ``None``, the link of a device with itself.
+@overload
+def alpha_beta_ms(size_mb: float, link: LinkSpec | None) -> float: ...
+@overload
+def alpha_beta_ms(size_mb: FloatArray, link: LinkSpec | None) -> FloatArray: ...
+def alpha_beta_ms(size_mb: float | FloatArray, link: LinkSpec | None) -> float | FloatArray:
+    """Time of a message (or of each of an array) in milliseconds; 0 over ``None``, the link of a device with itself.
 
     ``size_mb`` counts MB of 10^6 bytes, as network rates do (memory sizes elsewhere count 2^20). The formula is
     latency + size * 8 / bandwidth, which the public DynaPipe planner uses as well.
     """
     _require_amount("size_mb", size_mb)
     if link is None:
-        return 0.0
+        return 0.0 * size_mb
     return (link.latency_us + 1e6 * (size_mb * 8 / 1000) / link.bandwidth_gbps) / 1000
 
 
@@ -259,6 +263,6 @@ def _weighted_sum(
     return total
 
 
-def _require_amount(name: str, value: float) -> None:
-    if not (np.isfinite(value) and value >= 0):
+def _require_amount(name: str, value: float | FloatArray) -> None:
+    if not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
         raise InputError(f"{name} is not an amount", expected="finite, at least 0", found=str(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 from llmsys.core.errors import InputError
@@ -12,10 +13,14 @@ def karmarkar_karp(values: Sequence[float], num_parts: int) -> list[list[int]]:
     """Indices of ``values`` in ``num_parts`` parts of similar sums, each part sorted.
 
     The largest differencing method: the two most uneven partial solutions are merged, heaviest part with lightest,
-    until one is left. With at least ``num_parts`` positive values no part is empty. InputError for no parts.
+    until one is left. With at least ``num_parts`` values no part is empty. InputError for no parts, or a value that
+    is negative or not finite.
     """
     if num_parts < 1:
         raise InputError("values need a part to go to", expected="num_parts >= 1", found=str(num_parts))
+    bad = next((value for value in values if not 0 <= value < math.inf), None)
+    if bad is not None:
+        raise InputError("a value cannot be balanced", expected="finite values of at least 0", found=str(bad))
     # Entries (-spread, number, [(sum, indices), ...] heaviest first); numbers break ties, so runs are repeatable.
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, value in enumerate(values):
@@ -29,7 +34,8 @@ def karmarkar_karp(values: Sequence[float], num_parts: int) -> list[list[int]]:
         _, _, first = heapq.heappop(heap)
         _, _, second = heapq.heappop(heap)
         merged = [(a + b, x + y) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
-        merged.sort(key=lambda part: -part[0])
+        # Empty parts last also beside parts of sum 0, so that the next merge fills them first.
+        merged.sort(key=lambda part: (-part[0], not part[1]))
         heapq.heappush(heap, (merged[-1][0] - merged[0][0], number, merged))
         number += 1
     return [sorted(indices) for _, indices in heap[0][2]]

@@ -50,7 +50,7 @@ class PassTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Send:
-    start_ms: float
+    place: tuple[float, int]  # start in ms, and rank of the pass that it follows: the global order
     end_ms: float
     micro_batch: int
     from_stage: int
@@ -72,20 +72,21 @@ def plan_instructions(
     ``orders``: rows (micro-batch, stage, backward) for each device. ``input_stages``: the stages that load token ids.
     """
     num_devices, num_stages = len(orders), costs.forward_ms.shape[1]
-    sends = _all_sends(orders, times, costs, num_devices, num_stages)
+    ranks = _causal_ranks(orders, num_devices, num_stages)
+    sends = _all_sends(ranks, times, costs, num_devices, num_stages)
     events: list[list[_Send]] = [[] for _ in orders]
     for send in sends:
         events[send.from_stage % num_devices].append(send)
         events[send.to_stage % num_devices].append(send)
-    starts = times.start_ms
+    starts = times.start_ms.tolist()
     result: list[tuple[Instruction, ...]] = []
     for device, order in enumerate(orders):
         writer = _Writer(device, num_devices, num_stages, input_stages)
         pending = deque(events[device])
         for micro_batch, stage, backward in order.tolist():
-            start_ms = float(starts[micro_batch, stage, backward])
-            # At equal times transfers go first: a pass that waits for one starts no earlier than it arrives.
-            while pending and pending[0].start_ms <= start_ms:
+            start_ms = starts[micro_batch][stage][backward]
+            here = (start_ms, ranks[micro_batch, stage, backward])
+            while pending and pending[0].place < here:
                 writer.transfer(pending.popleft())
             writer.finish_grad_sends(start_ms)
             writer.run_pass(micro_batch, stage, bool(backward))
@@ -96,8 +97,34 @@ def plan_instructions(
     return tuple(result)
 
 
+def _causal_ranks(
+    orders: Sequence[NDArray[np.int32]], num_devices: int, num_stages: int
+) -> dict[tuple[int, int, int], int]:
+    """A number for each pass (micro-batch, stage, backward), above those of all passes it has to wait for.
+
+    It settles what comes first at equal times: passes and transfers may take no time.
+    """
+    lists = [[(m, v, b) for m, v, b in order.tolist()] for order in orders]
+    position = [0] * num_devices
+    ranks: dict[tuple[int, int, int], int] = {}
+    runnable = list(range(num_devices))
+    while runnable:
+        device = runnable.pop()
+        while position[device] < len(lists[device]):
+            m, v, backward = op = lists[device][position[device]]
+            source = (m, v + 1, 1) if backward else (m, v - 1, 0)
+            if backward and v == num_stages - 1:
+                source = (m, v, 0)
+            if source[1] >= 0 and source not in ranks:
+                break
+            ranks[op] = len(ranks)
+            position[device] += 1
+            runnable.append((v - 1 if backward else v + 1) % num_devices)
+    return ranks
+
+
 def _all_sends(
-    orders: Sequence[NDArray[np.int32]],
+    ranks: dict[tuple[int, int, int], int],
     times: PassTimes,
     costs: MicroBatchCosts,
     num_devices: int,
@@ -107,18 +134,21 @@ def _all_sends(
     send_starts = times.send_start_ms.tolist()
     durations = (costs.send_forward_ms.tolist(), costs.send_backward_ms.tolist())
     sends = []
-    for order in orders:
-        for micro_batch, stage, backward in order.tolist():
-            to_stage = stage - 1 if backward else stage + 1
-            if not 0 <= to_stage < num_stages or to_stage % num_devices == stage % num_devices:
-                continue
-            start_ms = send_starts[micro_batch][stage][backward]
-            end_ms = start_ms + durations[backward][micro_batch][stage]
-            sends.append(
-                _Send(start_ms=start_ms, end_ms=end_ms, micro_batch=micro_batch, from_stage=stage, to_stage=to_stage)
+    for (micro_batch, stage, backward), rank in ranks.items():
+        to_stage = stage - 1 if backward else stage + 1
+        if not 0 <= to_stage < num_stages or to_stage % num_devices == stage % num_devices:
+            continue
+        start_ms = send_starts[micro_batch][stage][backward]
+        sends.append(
+            _Send(
+                place=(start_ms, rank),
+                end_ms=start_ms + durations[backward][micro_batch][stage],
+                micro_batch=micro_batch,
+                from_stage=stage,
+                to_stage=to_stage,
             )
-    # Stable: sends of one device that start together keep the order of their passes.
-    sends.sort(key=lambda send: (send.start_ms, send.end_ms))
+        )
+    sends.sort(key=lambda send: send.place)
     return sends
 
 

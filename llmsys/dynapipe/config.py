@@ -11,6 +11,7 @@ from llmsys.core.specs import ModelSpec
 Recompute = Literal["none", "selective", "full"]
 ScheduleKind = Literal["1f1b", "adaptive"]
 Order = Literal["sort", "tour"]
+Attention = Literal["padded", "varlen"]
 Reorder = Literal["none", "clusters", "search"]
 
 

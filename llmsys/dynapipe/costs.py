@@ -18,7 +18,7 @@ from llmsys.core.costs import GridTable, alpha_beta_ms, ring_all_reduce_ms
 from llmsys.core.errors import ConfigError, InputError
 from llmsys.core.specs import ClusterSpec, LinkSpec, ModelSpec
 from llmsys.dynapipe.config import Parallelism, Recompute, StageLayers, stage_layers
-from llmsys.dynapipe.profile import LayerProfile, LayerTables
+from llmsys.dynapipe.profile import LayerProfile, LayerTables, PackSums, VarlenLayer, varlen_terms
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -86,6 +86,8 @@ class CostModel:
     ``count_backward_extra``: whether memory that a backward pass needs beyond the stored activations counts (layers
     are recomputed there, and one layer's workspace is live). The public planner leaves it out; comparisons with it
     set False.
+    ``attention_speedup``: of variable-length attention over the profiled kernels; only ``varlen_costs`` reads it.
+    ``padded_profile``: prices padded micro-batches instead of ``profile`` (``fused_profile`` makes one).
     Raises ConfigError when the profile is of another architecture, the cluster is too small, or a stage would be
     empty; InfeasibleError when the profile lacks a tensor-parallel degree.
     """
@@ -95,6 +97,8 @@ class CostModel:
     cluster: ClusterSpec
     parallelism: Parallelism
     count_backward_extra: bool = True
+    attention_speedup: float = 1.0
+    padded_profile: LayerProfile | None = None
     _native: dict[Recompute, tuple[_C.CostTable | None, _C.CostTable, _C.CostTable]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -127,7 +131,7 @@ class CostModel:
         return self.model.architecture == "encoder_decoder"
 
     def layer_tables(self, recompute: Recompute) -> LayerTables:
-        return self.profile.layer_tables(self.parallelism.tensor, recompute)
+        return (self.padded_profile or self.profile).layer_tables(self.parallelism.tensor, recompute)
 
     def native_tables(self, recompute: Recompute) -> tuple[_C.CostTable | None, _C.CostTable, _C.CostTable]:
         """(encoder, decoder, head) for the native solvers, made once."""
@@ -252,49 +256,92 @@ class CostModel:
             encoder = tables.encoder.query(np.stack([encoder_len, count], axis=1))
             decoder = tables.decoder.query(np.stack([encoder_len, decoder_len, count], axis=1))
         else:
+            encoder = {}
             decoder = tables.decoder.query(np.stack([decoder_len, count], axis=1))
-            encoder = {name: np.zeros(len(shapes)) for name in decoder}
         head = tables.head.query(np.stack([decoder_len, count], axis=1))
+        return self._stage_costs(encoder, decoder, head, count * encoder_len, count * decoder_len)
 
+    def varlen_costs(
+        self, encoder_len: Sequence[IntArray], decoder_len: Sequence[IntArray], recompute: Recompute
+    ) -> MicroBatchCosts:
+        """Costs of micro-batches of concatenated samples under variable-length attention.
+
+        ``encoder_len[m]`` and ``decoder_len[m]``: lengths in tokens of the samples of micro-batch m, without padding.
+        Derived from the profile, see ``llmsys.dynapipe.profile.varlen``.
+        """
+        return self.varlen_costs_of_sums(PackSums.of(encoder_len), PackSums.of(decoder_len, encoder_len), recompute)
+
+    def varlen_costs_of_sums(self, encoder: PackSums, decoder: PackSums, recompute: Recompute) -> MicroBatchCosts:
+        """The same from the sums of the samples' lengths; the decoder's cross lengths are the encoder's."""
+        terms = varlen_terms(self.profile, self.parallelism.tensor, recompute, attention_speedup=self.attention_speedup)
+        encoder_layer = _varlen_layer(terms.encoder, encoder) if terms.encoder is not None else {}
+        forward, backward = terms.head.time_of_sums_ms(decoder)
+        head = {"fw_ms": forward, "bw_ms": backward}
+        return self._stage_costs(
+            encoder_layer, _varlen_layer(terms.decoder, decoder), head, encoder.tokens, decoder.tokens
+        )
+
+    def _stage_costs(
+        self,
+        encoder: dict[str, FloatArray],
+        decoder: dict[str, FloatArray],
+        head: dict[str, FloatArray],
+        encoder_tokens: FloatArray,
+        decoder_tokens: FloatArray,
+    ) -> MicroBatchCosts:
+        """Stages from layers: ``encoder`` and ``decoder`` hold one layer's columns, (M,); tokens include padding."""
         num_stages = self.parallelism.num_stages
-        costs = {name: np.zeros((len(shapes), num_stages)) for name in MicroBatchCosts.__dataclass_fields__}
+        shape = (len(decoder_tokens), num_stages)
+        costs = {name: np.zeros(shape) for name in MicroBatchCosts.__dataclass_fields__}
         for v, stage in enumerate(self.stages):
-            for time, column in (("forward_ms", "fw_ms"), ("backward_ms", "bw_ms")):
-                costs[time][:, v] = _weighted(stage.num_encoder, encoder[column]) + _weighted(
-                    stage.num_decoder, decoder[column]
-                )
-                if stage.head:
-                    costs[time][:, v] += head[column]
-            stored = costs["stored_mb"][:, v]
+            forward, backward = costs["forward_ms"][:, v], costs["backward_ms"][:, v]
+            stored, peak = costs["stored_mb"][:, v], costs["forward_peak_mb"][:, v]
+            if stage.head:
+                forward += head["fw_ms"]
+                backward += head["bw_ms"]
             for number, layer in ((stage.num_encoder, encoder), (stage.num_decoder, decoder)):
                 if number == 0:
                     continue
+                forward += number * layer["fw_ms"]
+                backward += number * layer["bw_ms"]
                 # The last of equal layers peaks highest: it runs on top of all the others' stored activations.
-                peak = stored + (number - 1) * layer["stored_mb"] + layer["peak_mb"]
-                costs["forward_peak_mb"][:, v] = np.maximum(costs["forward_peak_mb"][:, v], peak)
+                np.maximum(peak, stored + (number - 1) * layer["stored_mb"] + layer["peak_mb"], out=peak)
                 stored += number * layer["stored_mb"]
                 if self.count_backward_extra:
-                    covered = np.isfinite(layer["peak_mb"])
-                    extra = np.where(covered, layer["peak_mb"], 0.0) - np.where(covered, layer["stored_mb"], 0.0)
-                    costs["backward_extra_mb"][:, v] = np.maximum(costs["backward_extra_mb"][:, v], extra)
+                    extra = costs["backward_extra_mb"][:, v]
+                    covered = np.isfinite(layer["peak_mb"]) & np.isfinite(layer["stored_mb"])
+                    transient = np.subtract(
+                        layer["peak_mb"], layer["stored_mb"], out=np.zeros_like(extra), where=covered
+                    )
+                    np.maximum(extra, transient, out=extra)
         for v in range(num_stages - 1):
             link = self.link(v)
             if link is None:
                 continue
-            size_mb = (
-                count * self.boundary_tokens(v, encoder_len, decoder_len) * self.model.hidden * BYTES_PER_VALUE / 1e6
-            )
-            time_ms = np.array([alpha_beta_ms(size, link) for size in size_mb.tolist()])
+            tokens = self.boundary_tokens(v, encoder_tokens, decoder_tokens)
+            size_mb = tokens * self.model.hidden * BYTES_PER_VALUE / 1e6
+            time_ms = alpha_beta_ms(size_mb, link)
             costs["send_forward_ms"][:, v] = time_ms
             costs["send_backward_ms"][:, v + 1] = time_ms
         return MicroBatchCosts(**costs)
 
-    def boundary_tokens(self, stage: int, encoder_len: FloatArray, decoder_len: FloatArray) -> FloatArray:
-        """Padded tokens a sample sends from ``stage`` to the next: encoder output, once reached also decoder's."""
+    def boundary_tokens(self, stage: int, encoder_tokens: FloatArray, decoder_tokens: FloatArray) -> FloatArray:
+        """Tokens sent from ``stage`` to the next: the encoder's output and, once there is one, the decoder's."""
         if not self.encoder_decoder:
-            return decoder_len
+            return decoder_tokens
         has_decoder = any(self.stages[v].num_decoder > 0 for v in range(stage + 1))
-        return encoder_len + decoder_len if has_decoder else encoder_len
+        return encoder_tokens + decoder_tokens if has_decoder else encoder_tokens
+
+
+def _varlen_layer(layer: VarlenLayer, sums: PackSums) -> dict[str, FloatArray]:
+    forward, backward = layer.time_of_sums_ms(sums)
+    cross_tokens = sums.cross_tokens if layer.kind == "cross_layer" else None
+    return {
+        "fw_ms": forward,
+        "bw_ms": backward,
+        "stored_mb": layer.stored_mb(sums.tokens, cross_tokens),
+        "peak_mb": layer.peak_mb(sums.tokens, cross_tokens),
+    }
 
 
 def _native_table(table: GridTable) -> _C.CostTable:
@@ -305,8 +352,3 @@ def _native_table(table: GridTable) -> _C.CostTable:
         for name in ("fw_ms", "bw_ms", "stored_mb", "peak_mb")
     ]
     return _C.CostTable(list(table.axes), columns)
-
-
-def _weighted(number: int, values: FloatArray) -> FloatArray:
-    # 0 * infinity is not a number: a stage without such layers must not read their cost.
-    return number * values if number > 0 else np.zeros_like(values)

@@ -11,9 +11,13 @@ from llmsys import _C
 from llmsys.core.errors import InfeasibleError
 from llmsys.dynapipe.config import PlannerConfig, Recompute
 from llmsys.dynapipe.costs import CostModel
+from llmsys.dynapipe.profile import PackSums
 from llmsys.dynapipe.workload import Samples
 
 IntArray = NDArray[np.int64]
+
+# Kernels are busy long before a micro-batch has so many tokens; the bound keeps the number of runs in check.
+_MAX_VARLEN_TOKENS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,8 +80,14 @@ def partition(
         np.ascontiguousarray(padded.decoder_len[order]),
         (parallelism.pipeline - 1) / parallelism.num_chunks,
         float(parallelism.data),
-        cost_model.max_micro_batch_size,
+        int(cost_model.layer_tables(recompute).decoder.axes[-1][-1]),
     )
+    return _to_partition(result, order, recompute, stored_fraction)
+
+
+def _to_partition(
+    result: _C.PartitionResult, order: IntArray, recompute: Recompute, stored_fraction: float
+) -> Partition | None:
     if not result["feasible"]:
         return None
     ends = result["ends"].tolist()
@@ -90,6 +100,58 @@ def partition(
         recompute=recompute,
         stored_fraction=stored_fraction,
     )
+
+
+def partition_varlen(
+    samples: Samples,
+    order: IntArray,
+    cost_model: CostModel,
+    config: PlannerConfig,
+    recompute: Recompute,
+    stored_fraction: float,
+) -> Partition | None:
+    """The same program where micro-batches concatenate their samples (variable-length attention, no padding).
+
+    Beyond the paper: a run's cost then follows from sums over its samples.
+    """
+    parallelism = cost_model.parallelism
+    extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
+    encoder_len, decoder_len = samples.encoder_len[order], samples.decoder_len[order] + extra
+    limits = np.array(config.device_limits_mb(parallelism.pipeline)) - cost_model.state_mb(recompute)
+    begins, ends = _runs_within(encoder_len + decoder_len, _MAX_VARLEN_TOKENS)
+    costs = cost_model.varlen_costs_of_sums(
+        PackSums.of_runs(encoder_len, np.zeros_like(encoder_len), begins, ends),
+        PackSums.of_runs(decoder_len, encoder_len, begins, ends),
+        recompute,
+    )
+    times = np.zeros(len(begins))
+    fits = np.ones(len(begins), dtype=np.bool_)
+    for device in range(parallelism.pipeline):
+        stages = cost_model.device_stages(device)
+        stored = costs.stored_mb[:, stages].sum(axis=1)
+        # While one chunk runs, the others' activations are stored already.
+        peak = (stored[:, None] - costs.stored_mb[:, stages] + costs.forward_peak_mb[:, stages]).max(axis=1)
+        fits &= (stored <= limits[device] * stored_fraction) & (peak <= limits[device])
+        times = np.maximum(times, (costs.forward_ms + costs.backward_ms)[:, stages].sum(axis=1))
+    offset = np.searchsorted(begins, np.arange(len(order) + 1)).astype(np.int64)
+    result = _C.partition_runs(
+        offset,
+        np.where(fits, times, np.inf),
+        (parallelism.pipeline - 1) / parallelism.num_chunks,
+        float(parallelism.data),
+    )
+    return _to_partition(result, order, recompute, stored_fraction)
+
+
+def _runs_within(tokens: IntArray, max_tokens: int) -> tuple[IntArray, IntArray]:
+    """All runs [begin, end) of at most ``max_tokens`` tokens, single samples always; ordered by begin, then end."""
+    total = np.concatenate([[0], np.cumsum(tokens)])
+    index = np.arange(len(tokens))
+    last = np.maximum(np.searchsorted(total, total[:-1] + max_tokens, side="right") - 1, index + 1)
+    widths = last - index
+    begins = np.repeat(index, widths)
+    first = np.repeat(np.cumsum(widths) - widths, widths)
+    return begins.astype(np.int64), (begins + 1 + np.arange(len(begins)) - first).astype(np.int64)
 
 
 def fits_share(

@@ -7,8 +7,9 @@ fastest schedule wins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from llmsys.core.errors import ConfigError, InfeasibleError, InputError
 from llmsys.dynapipe.balance import karmarkar_karp
 from llmsys.dynapipe.communication import plan_instructions
-from llmsys.dynapipe.config import PlannerConfig, Recompute
+from llmsys.dynapipe.config import Attention, PlannerConfig, Recompute
 from llmsys.dynapipe.costs import CostModel, MicroBatchCosts
 from llmsys.dynapipe.microbatch import (
     PaddedLengths,
@@ -25,6 +26,7 @@ from llmsys.dynapipe.microbatch import (
     fits_share,
     group_shapes,
     partition,
+    partition_varlen,
 )
 from llmsys.dynapipe.ordering import order_samples
 from llmsys.dynapipe.plan import Estimate, MicroBatch, Plan, ReplicaPlan, check_plan
@@ -47,26 +49,110 @@ class Scheduled:
     schedule: Schedule
 
 
+class Planner(Protocol):
+    """A way to schedule a global batch. DynaPipe and every baseline are one; ``make_plan`` makes its plans."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def attention(self) -> Attention: ...
+
+    def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
+        """The work of each replica. InfeasibleError when nothing fits, InputError for an unusable batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynaPipe:
+    """The paper's planner, with exact partitions and a choice of recomputation by the best outcome.
+
+    ``attention``: "padded" micro-batches are the paper's. "varlen" ones concatenate their samples for kernels with
+    variable-length attention, which the paper leaves to packing; partition, balance and schedule stay the same.
+    """
+
+    attention: Attention = "padded"
+
+    @property
+    def name(self) -> str:
+        return "dynapipe" if self.attention == "padded" else "dynapipe_varlen"
+
+    def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
+        padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
+        candidates = self._partitions(samples, padded, cost_model, config)
+        # The given order tells partitions and recompute kinds apart well enough; rarely, only another order fits.
+        quick: list[list[Scheduled]] = []
+        for setting in (replace(config, reorder="none"), config):
+            tried = (self._schedule_groups(c.groups, samples, padded, cost_model, setting) for c in candidates)
+            quick = quick or [replicas for replicas in tried if replicas is not None]
+        if not quick:
+            raise no_schedule_error(cost_model, config)
+        quick.sort(key=slowest_ms)
+        if config.reorder == "none":
+            return quick[0]
+        thorough = [improve(replicas, cost_model, config) for replicas in quick[:_NUM_THOROUGH]]
+        return min(thorough, key=slowest_ms)
+
+    def _partitions(
+        self, samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
+    ) -> list[Partition]:
+        """Partitions over all recompute kinds and memory shares; distinct, best objective first."""
+        share = 1.0 / cost_model.parallelism.pipeline
+        order = order_samples(padded.encoder_len, padded.decoder_len, config)
+        found: dict[tuple[tuple[int, ...], ...], Partition] = {}
+        for recompute in config.recompute:
+            # One share a device lets 1F1B keep as many micro-batches in flight as it wants; the whole memory allows
+            # larger micro-batches and leaves it to the schedule how many it can hold.
+            if self.attention == "varlen":
+                made = [partition_varlen(samples, order, cost_model, config, recompute, part) for part in (1.0, share)]
+            else:
+                made = [partition(padded, order, cost_model, config, recompute, 1.0)]
+                if made[0] is not None and not fits_share(made[0], padded, cost_model, config, share):
+                    made.append(partition(padded, order, cost_model, config, recompute, share))
+            for candidate in made:
+                known = candidate and found.get(candidate.groups)
+                if candidate and (not known or candidate.objective_ms < known.objective_ms):
+                    found[candidate.groups] = candidate
+        if not found:
+            raise explain_infeasible(samples, padded, cost_model, config)
+        return sorted(found.values(), key=lambda p: p.objective_ms)[:_NUM_QUICK]
+
+    def _schedule_groups(
+        self,
+        groups: Sequence[tuple[int, ...]],
+        samples: Samples,
+        padded: PaddedLengths,
+        cost_model: CostModel,
+        config: PlannerConfig,
+    ) -> list[Scheduled] | None:
+        if self.attention == "padded":
+            return schedule_groups(groups, padded, cost_model, config)
+        groups = with_enough_groups(groups, cost_model.parallelism.data)
+        extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
+        encoder_len = [samples.encoder_len[list(group)] for group in groups]
+        decoder_len = [samples.decoder_len[list(group)] + extra for group in groups]
+        micro_batches = [
+            MicroBatch(rows=(group,), encoder_len=int(encoder.sum()), decoder_len=int(decoder.sum()))
+            for group, encoder, decoder in zip(groups, encoder_len, decoder_len, strict=True)
+        ]
+        costs = {kind: cost_model.varlen_costs(encoder_len, decoder_len, kind) for kind in config.recompute}
+        parts = balance(costs, cost_model.parallelism.data)
+        return schedule_parts(micro_batches, costs, parts, cost_model, config)
+
+
 def plan_iteration(samples: Samples, cost_model: CostModel, config: PlannerConfig) -> Plan:
-    """Plan one training iteration of a global batch. Same arguments, same plan.
+    """DynaPipe's plan of one training iteration of a global batch. Same arguments, same plan.
 
     Raises InputError for an empty batch or fewer samples than replicas, InfeasibleError naming the sample that fits
     nowhere or saying how much memory is missing.
     """
+    return make_plan(DynaPipe(), samples, cost_model, config)
+
+
+def make_plan(planner: Planner, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> Plan:
+    """Any planner's plan of one training iteration."""
     check_batch(samples, cost_model)
-    padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
-    partitions = _best_partitions(samples, padded, cost_model, config)
-    quick = [(p, schedule_groups(p.groups, padded, cost_model, config, max_moves=0)) for p in partitions]
-    quick = [(p, replicas) for p, replicas in quick if replicas is not None]
-    if not quick:
-        raise no_schedule_error(cost_model, config)
-    quick.sort(key=lambda entry: slowest_ms(entry[1]))
-    best = quick[0][1]
-    if config.reorder == "search" and config.max_moves > 0:
-        thorough = [improve(replicas, cost_model, config) for _, replicas in quick[:_NUM_THOROUGH] if replicas]
-        best = min(thorough, key=slowest_ms)
-    assert best is not None
-    return assemble("dynapipe", len(samples), best, cost_model, config)
+    replicas = planner.schedule(samples, cost_model, config)
+    return assemble(planner, len(samples), replicas, cost_model, config)
 
 
 def check_batch(samples: Samples, cost_model: CostModel) -> None:
@@ -94,34 +180,6 @@ def check_batch(samples: Samples, cost_model: CostModel) -> None:
         )
 
 
-def _best_partitions(
-    samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
-) -> list[Partition]:
-    """Partitions over all recompute kinds and memory shares; distinct, best objective first."""
-    depth = cost_model.parallelism.pipeline
-    order = order_samples(padded.encoder_len, padded.decoder_len, config)
-    found: dict[tuple[tuple[int, ...], ...], Partition] = {}
-    for recompute in config.recompute:
-        # One share a device lets 1F1B keep as many micro-batches in flight as it wants; the whole memory allows
-        # larger micro-batches and leaves it to the schedule how many it can hold.
-        made = partition(padded, order, cost_model, config, recompute, 1.0)
-        share = 1.0 / depth
-        if made is not None and not fits_share(made, padded, cost_model, config, share):
-            _keep_better(found, made)
-            made = partition(padded, order, cost_model, config, recompute, share)
-        if made is not None:
-            _keep_better(found, made)
-    if not found:
-        raise explain_infeasible(samples, padded, cost_model, config)
-    return sorted(found.values(), key=lambda p: p.objective_ms)[:_NUM_QUICK]
-
-
-def _keep_better(found: dict[tuple[tuple[int, ...], ...], Partition], made: Partition) -> None:
-    known = found.get(made.groups)
-    if known is None or made.objective_ms < known.objective_ms:
-        found[made.groups] = made
-
-
 def with_enough_groups(groups: Sequence[tuple[int, ...]], num_replicas: int) -> tuple[tuple[int, ...], ...]:
     """Halve the largest groups until every replica can get one. Smaller micro-batches need no more memory."""
     result = list(groups)
@@ -134,33 +192,43 @@ def with_enough_groups(groups: Sequence[tuple[int, ...]], num_replicas: int) -> 
 
 
 def schedule_groups(
-    groups: Sequence[tuple[int, ...]],
-    padded: PaddedLengths,
+    groups: Sequence[tuple[int, ...]], padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
+) -> list[Scheduled] | None:
+    """Pad groups of samples to micro-batches, balance them over the replicas, and schedule each without moves."""
+    groups = with_enough_groups(groups, cost_model.parallelism.data)
+    shapes = group_shapes(tuple(groups), padded)
+    micro_batches = [
+        MicroBatch(rows=tuple((sample,) for sample in group), encoder_len=encoder_len, decoder_len=decoder_len)
+        for group, (_, encoder_len, decoder_len) in zip(groups, shapes.tolist(), strict=True)
+    ]
+    costs = {recompute: cost_model.micro_batch_costs(shapes, recompute) for recompute in config.recompute}
+    parts = balance(costs, cost_model.parallelism.data)
+    return schedule_parts(micro_batches, costs, parts, cost_model, config)
+
+
+def balance(costs: Mapping[Recompute, MicroBatchCosts], num_replicas: int) -> list[list[int]]:
+    """Micro-batches of each replica, with equal times as far as possible.
+
+    Replicas may end up with different recompute kinds; a micro-batch counts with its cheapest.
+    """
+    per_kind = np.stack([(c.forward_ms + c.backward_ms).max(axis=1) for c in costs.values()])
+    cheapest = per_kind.min(axis=0)
+    # A micro-batch that fits no kind makes the schedule fail later; here it only must not upset the sums.
+    return karmarkar_karp(np.where(np.isfinite(cheapest), cheapest, 0.0).tolist(), num_replicas)
+
+
+def schedule_parts(
+    micro_batches: Sequence[MicroBatch],
+    costs: Mapping[Recompute, MicroBatchCosts],
+    parts: Sequence[Sequence[int]],
     cost_model: CostModel,
     config: PlannerConfig,
-    *,
-    max_moves: int,
 ) -> list[Scheduled] | None:
-    """Balance groups over the replicas and schedule each; None when some replica has no feasible schedule."""
-    parallelism = cost_model.parallelism
-    groups = with_enough_groups(groups, parallelism.data)
-    shapes = group_shapes(tuple(groups), padded)
-    costs = {recompute: cost_model.micro_batch_costs(shapes, recompute) for recompute in config.recompute}
-    # Replicas may end up with different recompute kinds; the cheapest feasible one is what a micro-batch will cost.
-    per_stage = np.stack([(c.forward_ms + c.backward_ms).max(axis=1) for c in costs.values()])
-    parts = karmarkar_karp(per_stage.min(axis=0).tolist(), parallelism.data)
+    """Schedule each replica's part; None when some replica has no feasible schedule."""
     replicas = []
     for part in parts:
-        micro_batches = tuple(
-            MicroBatch(
-                rows=tuple((sample,) for sample in groups[i]),
-                encoder_len=int(shapes[i, 1]),
-                decoder_len=int(shapes[i, 2]),
-            )
-            for i in part
-        )
-        choices = {recompute: costs[recompute].select(part) for recompute in config.recompute}
-        best = schedule_replica(micro_batches, choices, cost_model, config, max_moves=max_moves)
+        choices = {recompute: chosen.select(part) for recompute, chosen in costs.items()}
+        best = schedule_replica(tuple(micro_batches[i] for i in part), choices, cost_model, config)
         if best is None:
             return None
         replicas.append(best)
@@ -169,11 +237,9 @@ def schedule_groups(
 
 def schedule_replica(
     micro_batches: tuple[MicroBatch, ...],
-    costs: dict[Recompute, MicroBatchCosts],
+    costs: Mapping[Recompute, MicroBatchCosts],
     cost_model: CostModel,
     config: PlannerConfig,
-    *,
-    max_moves: int,
 ) -> Scheduled | None:
     """The fastest feasible schedule of one replica over its recompute kinds."""
     best: Scheduled | None = None
@@ -181,7 +247,7 @@ def schedule_replica(
         free_mb = free_memory_mb(cost_model, config, recompute)
         if not chosen.feasible.all() or (free_mb <= 0).any():
             continue
-        found = find_schedule(chosen, cost_model.parallelism.pipeline, free_mb, config, max_moves=max_moves)
+        found = find_schedule(chosen, cost_model.parallelism.pipeline, free_mb, config, max_moves=0)
         if found is None or not found.feasible:
             continue
         if best is None or found.makespan_ms < best.schedule.makespan_ms:
@@ -190,27 +256,18 @@ def schedule_replica(
 
 
 def improve(replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
-    """Search on from each replica's schedule, with its recompute kind."""
+    """Search on from each replica's schedule, with its recompute kind, as ``config.reorder`` allows."""
     result = []
     for replica in replicas:
-        free_mb = free_memory_mb(cost_model, config, replica.recompute)
         found = find_schedule(
             replica.costs,
             cost_model.parallelism.pipeline,
-            free_mb,
+            free_memory_mb(cost_model, config, replica.recompute),
             config,
             max_moves=config.max_moves,
-            starts=np.array([replica.schedule.permutation], dtype=np.int64),
         )
-        better = found if found is not None and found.feasible else replica.schedule
-        result.append(
-            Scheduled(
-                micro_batches=replica.micro_batches,
-                costs=replica.costs,
-                recompute=replica.recompute,
-                schedule=better,
-            )
-        )
+        better = found is not None and found.feasible and found.makespan_ms < replica.schedule.makespan_ms
+        result.append(replace(replica, schedule=found) if better and found is not None else replica)
     return result
 
 
@@ -220,12 +277,13 @@ def free_memory_mb(cost_model: CostModel, config: PlannerConfig, recompute: Reco
     return limits - cost_model.state_mb(recompute)
 
 
-def slowest_ms(replicas: Sequence[Scheduled] | None) -> float:
-    return max(replica.schedule.makespan_ms for replica in replicas) if replicas else float("inf")
+def slowest_ms(replicas: Sequence[Scheduled]) -> float:
+    """Expected time of an iteration: that of its slowest replica."""
+    return max(replica.schedule.makespan_ms for replica in replicas)
 
 
 def assemble(
-    planner: str, num_samples: int, replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig
+    planner: Planner, num_samples: int, replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig
 ) -> Plan:
     """The plan of scheduled replicas, checked."""
     stages = cost_model.stages
@@ -250,11 +308,13 @@ def assemble(
             )
         )
     plan = Plan(
-        planner=planner,
+        planner=planner.name,
         num_samples=num_samples,
         parallelism=cost_model.parallelism,
         stages=stages,
         memory_limit_mb=tuple(float(x) for x in config.device_limits_mb(cost_model.parallelism.pipeline)),
+        attention=planner.attention,
+        decoder_extra_tokens=config.decoder_extra_tokens if cost_model.encoder_decoder else 0,
         replicas=tuple(plans),
     )
     check_plan(plan)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsys.core.errors import InfeasibleError
+from llmsys.core.errors import InfeasibleError, InputError
 from llmsys.core.sim import LaneOp, run_lanes
 from llmsys.core.timeline import Timeline
 from llmsys.dynapipe.costs import CostModel, MicroBatchCosts
-from llmsys.dynapipe.plan import Plan, ReplicaPlan
+from llmsys.dynapipe.plan import Plan
 from llmsys.dynapipe.plan.instructions import (
     FINISHES,
     SENDS,
@@ -27,6 +27,7 @@ from llmsys.dynapipe.plan.instructions import (
     SendActivationFinish,
     SendActivationStart,
 )
+from llmsys.dynapipe.workload import Samples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,21 +62,41 @@ class SimulationResult:
         return float(np.mean([replica.bubble_fraction for replica in self.replicas]))
 
 
-def simulate(plan: Plan, cost_model: CostModel, *, grad_sync: bool = False) -> SimulationResult:
-    """Run a plan. Raises InfeasibleError when the profile does not cover a micro-batch, PlanError on a deadlock.
+def simulate(
+    plan: Plan, cost_model: CostModel, *, samples: Samples | None = None, grad_sync: bool = False
+) -> SimulationResult:
+    """Run a plan. ``samples``, the planned batch, is needed when the plan's attention is "varlen".
+
+    Raises InfeasibleError when the profile does not cover a micro-batch, PlanError on a deadlock.
 
     Memory above the limit is reported in ``peak_mb``, not refused. Rules: a pass starts when its device is free, all
     waits listed before it are over; a device sends one result after the other while it computes; waits for arrived
     data and posts take no time. The timeline of replica r has lanes "replica r/device d" and ".../device d send".
     """
-    replicas = tuple(_simulate_replica(number, plan, cost_model) for number in range(len(plan.replicas)))
+    replicas = tuple(_simulate_replica(number, plan, cost_model, samples) for number in range(len(plan.replicas)))
     sync_ms = max(cost_model.grad_sync_ms(replica.recompute) for replica in plan.replicas) if grad_sync else 0.0
     slowest = max(replica.makespan_ms for replica in replicas)
     return SimulationResult(replicas=replicas, iteration_ms=slowest + sync_ms, grad_sync_ms=sync_ms)
 
 
-def replica_costs(replica: ReplicaPlan, cost_model: CostModel) -> MicroBatchCosts:
+def replica_costs(plan: Plan, number: int, cost_model: CostModel, samples: Samples | None = None) -> MicroBatchCosts:
     """Costs of a replica's micro-batches; InfeasibleError names the first that the profile does not cover."""
+    replica = plan.replicas[number]
+    if plan.attention == "varlen":
+        if samples is None or len(samples) != plan.num_samples:
+            raise InputError(
+                "variable-length attention costs what its samples' lengths say",
+                expected=f"the {plan.num_samples} samples that were planned",
+                found="none" if samples is None else f"{len(samples)} samples",
+                fix="pass samples to simulate",
+            )
+        indices = [np.array(m.samples, dtype=np.int64) for m in replica.micro_batches]
+        extra = plan.decoder_extra_tokens
+        return cost_model.varlen_costs(
+            [samples.encoder_len[index] for index in indices],
+            [samples.decoder_len[index] + extra for index in indices],
+            replica.recompute,
+        )
     costs = cost_model.micro_batch_costs(replica.shapes(), replica.recompute)
     if not costs.feasible.all():
         index = int(np.argmin(costs.feasible))
@@ -88,9 +109,9 @@ def replica_costs(replica: ReplicaPlan, cost_model: CostModel) -> MicroBatchCost
     return costs
 
 
-def _simulate_replica(number: int, plan: Plan, cost_model: CostModel) -> ReplicaResult:
+def _simulate_replica(number: int, plan: Plan, cost_model: CostModel, samples: Samples | None) -> ReplicaResult:
     replica = plan.replicas[number]
-    costs = replica_costs(replica, cost_model)
+    costs = replica_costs(plan, number, cost_model, samples)
     lanes: dict[str, list[LaneOp]] = {}
     for device, instructions in enumerate(replica.instructions):
         name = f"replica {number}/device {device}"

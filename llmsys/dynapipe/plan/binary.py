@@ -30,6 +30,7 @@ def to_bytes(plan: Plan) -> bytes:
             [p.data, p.pipeline, p.tensor, p.num_chunks, p.zero_stage],
             [[s.num_encoder, s.num_decoder, s.head] for s in plan.stages],
             list(plan.memory_limit_mb),
+            [plan.attention, plan.decoder_extra_tokens],
             [_pack_replica(replica, p.pipeline) for replica in plan.replicas],
         ]
     )
@@ -39,7 +40,7 @@ def to_bytes(plan: Plan) -> bytes:
 def from_bytes(data: bytes) -> Plan:
     """The plan that ``to_bytes`` wrote; PlanError for other bytes, another version, or a plan that cannot run."""
     try:
-        version, planner, num_samples, sizes, stages, limits, replicas = msgpack.unpackb(data)
+        version, planner, num_samples, sizes, stages, limits, (attention, extra), replicas = msgpack.unpackb(data)
         if version != VERSION:
             raise ValueError(f"version {version}")
         data_, pipeline, tensor, num_chunks, zero_stage = sizes
@@ -51,6 +52,8 @@ def from_bytes(data: bytes) -> Plan:
             ),
             stages=tuple(StageLayers(num_encoder=e, num_decoder=d, head=h) for e, d, h in stages),
             memory_limit_mb=tuple(limits),
+            attention=attention,
+            decoder_extra_tokens=extra,
             replicas=tuple(_unpack_replica(replica, pipeline) for replica in replicas),
         )
     except (ValueError, TypeError, IndexError, StopIteration, msgpack.exceptions.UnpackException) as error:

@@ -5,73 +5,88 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Iterator
 
 from llmsys.core.errors import PlanError
+from llmsys.dynapipe.plan.buffers import broken_rule, check_buffers
 from llmsys.dynapipe.plan.instructions import (
     FINISHES,
-    SENDS,
     STARTS,
     BackwardPass,
     ForwardPass,
-    FreeBuffer,
     Instruction,
-    LoadInput,
-    RecvActivationFinish,
-    RecvActivationStart,
     RecvGradFinish,
     RecvGradStart,
+    SendActivationFinish,
+    SendActivationStart,
     Transfer,
 )
 from llmsys.dynapipe.plan.model import Plan, ReplicaPlan
 
-_RECEIVES = frozenset({RecvActivationStart, RecvGradStart})
-_ARRIVALS = frozenset({RecvActivationFinish, RecvGradFinish})
+_TOWARDS_NEXT = frozenset({SendActivationStart, SendActivationFinish, RecvGradStart, RecvGradFinish})
 
 
 def check_plan(plan: Plan) -> None:
     """Raise PlanError, with the grid and the cell marked, at the first broken rule."""
+    _check_form(plan)
     _check_samples(plan)
     for replica in range(len(plan.replicas)):
         _check_passes(plan, replica)
         _check_pairs(plan, replica)
         check_deadlock(plan, replica)
         for device in range(plan.parallelism.pipeline):
-            _check_buffers(plan, replica, device)
+            check_buffers(plan, replica, device)
 
 
-def _error(
-    plan: Plan, replica: int, cell: tuple[int, int] | None, summary: str, expected: str, found: str
-) -> PlanError:
-    return PlanError(
-        f"replica {replica}: {summary}",
-        expected=expected,
-        found=found,
-        fix="make the plan anew; a plan that was edited or cut off cannot be repaired",
-        grid=plan.grid(replica, cell),
-    )
+def _check_form(plan: Plan) -> None:
+    """Whether the plan's parts are as many as its parallelism says, and its micro-batches have a shape."""
+    p = plan.parallelism
+    counts = [
+        ("replicas", p.data, len(plan.replicas)),
+        ("stages", p.num_stages, len(plan.stages)),
+        ("memory limits", p.pipeline, len(plan.memory_limit_mb)),
+        ("stages with a head", 1, sum(stage.head for stage in plan.stages)),
+    ]
+    for number, replica in enumerate(plan.replicas):
+        counts.append((f"devices in replica {number}", p.pipeline, len(replica.instructions)))
+        counts.append((f"peaks in replica {number}", p.pipeline, len(replica.estimate.peak_mb)))
+        for index, m in enumerate(replica.micro_batches):
+            sizes = (len(m.rows), *map(len, m.rows), m.encoder_len + 1, m.decoder_len)
+            counts.append((f"empty sizes in micro-batch {index} of replica {number}", 0, sum(n < 1 for n in sizes)))
+    wrong = [(name, expected, found) for name, expected, found in counts if expected != found]
+    if wrong or not any(stage.num_decoder > 0 for stage in plan.stages):
+        name, expected, found = wrong[0] if wrong else ("stages with decoder layers", "at least 1", 0)
+        raise PlanError(
+            f"the plan has a wrong number of {name}", expected=str(expected), found=str(found), fix="make the plan anew"
+        )
 
 
 def _check_samples(plan: Plan) -> None:
-    counts = Counter(
-        sample for replica in plan.replicas for micro_batch in replica.micro_batches for sample in micro_batch.samples
-    )
-    wrong = [sample for sample in range(plan.num_samples) if counts[sample] != 1]
-    strangers = sorted(set(counts) - set(range(plan.num_samples)))
-    if wrong or strangers:
-        first = (wrong + strangers)[0]
+    holders = [
+        (sample, replica, index)
+        for replica, work in enumerate(plan.replicas)
+        for index, micro_batch in enumerate(work.micro_batches)
+        for sample in micro_batch.samples
+    ]
+    seen: set[int] = set()
+    for sample, replica, index in holders:
+        if sample in seen or not 0 <= sample < plan.num_samples:
+            where = enumerate(plan.replicas[replica].instructions[0])
+            first = next((i for i, op in where if op.micro_batch == index), None)
+            raise broken_rule(
+                plan, replica, None if first is None else (0, first),
+                "the micro-batches do not hold every sample exactly once",
+                f"each of the samples 0 to {plan.num_samples - 1} once",
+                f"sample {sample} in micro-batch {index}" + (", but also before" if sample in seen else ""),
+            )  # fmt: skip
+        seen.add(sample)
+    if len(seen) < plan.num_samples:
+        missing = next(sample for sample in range(plan.num_samples) if sample not in seen)
         raise PlanError(
             "the micro-batches do not hold every sample exactly once",
             expected=f"each of the samples 0 to {plan.num_samples - 1} once",
-            found=f"sample {first} {counts[first]} times, {len(wrong) + len(strangers)} samples wrong in all",
-            fix="make the plan anew",
-        )
-    if len(plan.replicas) != plan.parallelism.data:
-        raise PlanError(
-            "the number of replicas does not match",
-            expected=str(plan.parallelism.data),
-            found=str(len(plan.replicas)),
+            found=f"sample {missing} nowhere, {plan.num_samples - len(seen)} samples missing in all",
             fix="make the plan anew",
         )
 
@@ -79,32 +94,35 @@ def _check_samples(plan: Plan) -> None:
 def _check_passes(plan: Plan, replica: int) -> None:
     """Each device runs each micro-batch's forward, then its backward pass, once for each of its stages."""
     work = plan.replicas[replica]
-    if len(work.instructions) != plan.parallelism.pipeline:
-        raise _error(
-            plan, replica, None, "wrong number of devices", str(plan.parallelism.pipeline), str(len(work.instructions))
-        )
     num_micro_batches = len(work.micro_batches)
     for device, instructions in enumerate(work.instructions):
         seen: dict[tuple[int, int], int] = {}
         for index, op in enumerate(instructions):
             cell = (device, index)
             if not (0 <= op.micro_batch < num_micro_batches and 0 <= op.stage < len(plan.stages)):
-                raise _error(
+                raise broken_rule(
                     plan, replica, cell, "an instruction names work that does not exist",
                     f"micro-batch below {num_micro_batches}, stage below {len(plan.stages)}",
                     f"micro-batch {op.micro_batch}, stage {op.stage}",
                 )  # fmt: skip
             if plan.device_of(op.stage) != device:
-                raise _error(
+                raise broken_rule(
                     plan, replica, cell, "an instruction is on the wrong device",
                     f"stage {op.stage} on device {plan.device_of(op.stage)}", f"it is on device {device}",
                 )  # fmt: skip
+            if isinstance(op, Transfer):
+                far = far_stage(op)
+                if not 0 <= far < len(plan.stages) or op.peer != plan.device_of(far):
+                    raise broken_rule(
+                        plan, replica, cell, "a transfer has the wrong other end",
+                        f"the device of stage {far}, of the stages below {len(plan.stages)}", f"device {op.peer}",
+                    )  # fmt: skip
             if type(op) not in (ForwardPass, BackwardPass):
                 continue
             key = (op.micro_batch, op.stage)
             state = 1 if type(op) is ForwardPass else 2
             if seen.get(key, 0) != state - 1:
-                raise _error(
+                raise broken_rule(
                     plan, replica, cell, "a pass is out of order or repeated",
                     "one forward pass, then one backward pass, of every micro-batch and stage",
                     f"{type(op).__name__} of micro-batch {op.micro_batch} on stage {op.stage}",
@@ -117,7 +135,7 @@ def _check_passes(plan: Plan, replica: int) -> None:
             if seen.get((m, v)) != 2
         ]
         if missing:
-            raise _error(
+            raise broken_rule(
                 plan, replica, None, f"device {device} does not finish its work",
                 "a forward and a backward pass of every micro-batch and stage",
                 f"{len(missing)} incomplete, the first is micro-batch {missing[0][0]} on stage {missing[0][1]}",
@@ -133,8 +151,7 @@ def transfers_between(work: ReplicaPlan, device: int, peer: int) -> Iterator[tup
 
 def far_stage(op: Instruction) -> int:
     """The stage at the other end of a transfer."""
-    towards_next = op.code.upper() in ("SA", "RG")
-    return op.stage + 1 if towards_next else op.stage - 1
+    return op.stage + (1 if type(op) in _TOWARDS_NEXT else -1)
 
 
 def _check_pairs(plan: Plan, replica: int) -> None:
@@ -147,20 +164,23 @@ def _check_pairs(plan: Plan, replica: int) -> None:
     for device in range(plan.parallelism.pipeline):
         for peer in range(device + 1, plan.parallelism.pipeline):
             mine, theirs = list(transfers_between(work, device, peer)), list(transfers_between(work, peer, device))
-            if len(mine) != len(theirs):
-                raise _error(
-                    plan, replica, None, f"devices {device} and {peer} list different numbers of transfers",
-                    f"{len(mine)}, as device {device}", f"{len(theirs)} on device {peer}",
-                )  # fmt: skip
-            for (index, a), (_, b) in zip(mine, theirs, strict=True):
-                if STARTS[type(a)] is not type(b) or a.micro_batch != b.micro_batch or far_stage(a) != b.stage:
-                    raise _error(
-                        plan, replica, (device, index),
-                        f"devices {device} and {peer} list their common transfers in different orders",
-                        f"{STARTS[type(a)].__name__} of micro-batch {a.micro_batch} for stage {far_stage(a)} on "
-                        f"device {peer}",
-                        f"{type(b).__name__} of micro-batch {b.micro_batch} for stage {b.stage}",
+            for a, b in itertools.zip_longest(mine, theirs):
+                if a is None or b is None or not _meet(a[1], b[1]):
+                    at, other, seen, answer = (device, peer, a, b) if a is not None else (peer, device, b, a)
+                    assert seen is not None
+                    index, op = seen
+                    raise broken_rule(
+                        plan, replica, (at, index),
+                        f"devices {device} and {peer} list their common transfers differently",
+                        f"{STARTS[type(op)].__name__} of micro-batch {op.micro_batch} for stage {far_stage(op)} on "
+                        f"device {other}",
+                        f"{type(answer[1]).__name__} of micro-batch {answer[1].micro_batch} for stage "
+                        f"{answer[1].stage}" if answer is not None else "nothing",
                     )  # fmt: skip
+
+
+def _meet(a: Transfer, b: Transfer) -> bool:
+    return STARTS[type(a)] is type(b) and a.micro_batch == b.micro_batch and far_stage(a) == b.stage
 
 
 def check_deadlock(plan: Plan, replica: int) -> None:
@@ -186,7 +206,7 @@ def check_deadlock(plan: Plan, replica: int) -> None:
             elif kind in FINISHES and isinstance(op, Transfer):
                 start = FINISHES[kind]
                 if (start, op.micro_batch, op.stage) not in started[device]:
-                    raise _error(
+                    raise broken_rule(
                         plan, replica, (device, position[device]), "a transfer is finished before it is started",
                         f"{start.__name__} earlier on device {device}", f"{kind.__name__} first",
                     )  # fmt: skip
@@ -197,7 +217,7 @@ def check_deadlock(plan: Plan, replica: int) -> None:
     stuck = [d for d in range(len(work.instructions)) if position[d] < len(work.instructions[d])]
     if stuck:
         heads = [work.instructions[d][position[d]] for d in stuck]
-        raise _error(
+        raise broken_rule(
             plan, replica, (stuck[0], position[stuck[0]]), "the devices wait for each other",
             "every transfer's other end to be started",
             "; ".join(
@@ -205,58 +225,3 @@ def check_deadlock(plan: Plan, replica: int) -> None:
                 for d, op in zip(stuck, heads, strict=True)
             ),
         )  # fmt: skip
-
-
-def _check_buffers(plan: Plan, replica: int, device: int) -> None:
-    """A buffer is written once, used only while it holds data, and freed once, after the last use."""
-    live: dict[int, str] = {}  # "filling" (a receive is under way), "full" or "sending"
-    for index, op in enumerate(plan.replicas[replica].instructions[device]):
-        problem = _run_buffer_op(op, live)
-        if problem:
-            raise _error(
-                plan, replica, (device, index), f"device {device} misuses a buffer",
-                "buffers written once, read while full, and freed after their last use",
-                f"{type(op).__name__} of micro-batch {op.micro_batch}, stage {op.stage}: {problem}",
-            )  # fmt: skip
-    if live:
-        raise _error(
-            plan, replica, None, f"device {device} never frees a buffer", "no buffer in use at the end",
-            f"buffers {sorted(live)}",
-        )  # fmt: skip
-
-
-def _run_buffer_op(op: Instruction, live: dict[int, str]) -> str:
-    """Apply ``op`` to the buffers' states; what is wrong with it, or nothing."""
-    kind = type(op)
-    if isinstance(op, ForwardPass | BackwardPass):
-        for buffer in op.reads:
-            if live.get(buffer) not in ("full", "sending"):
-                return f"reads buffer {buffer}, which is {live.get(buffer, 'free')}"
-        for buffer in op.writes:
-            if buffer in live:
-                return f"writes buffer {buffer}, which is {live[buffer]}"
-            live[buffer] = "full"
-        return ""
-    assert isinstance(op, LoadInput | FreeBuffer | Transfer)
-    buffer, state = op.buffer, live.get(op.buffer, "free")
-    if kind is LoadInput or kind in _RECEIVES:
-        if state != "free":
-            return f"fills buffer {buffer}, which is {state}"
-        live[buffer] = "full" if kind is LoadInput else "filling"
-    elif kind in _ARRIVALS:
-        if state != "filling":
-            return f"waits for buffer {buffer}, which is {state}"
-        live[buffer] = "full"
-    elif kind in SENDS:
-        if state != "full":
-            return f"sends buffer {buffer}, which is {state}"
-        live[buffer] = "sending"
-    elif kind is FreeBuffer:
-        if state != "full":
-            return f"frees buffer {buffer}, which is {state}"
-        del live[buffer]
-    else:  # the end of a send
-        if state != "sending":
-            return f"finishes the send of buffer {buffer}, which is {state}"
-        live[buffer] = "full"
-    return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsys.dynapipe.config import Parallelism, Recompute, ScheduleKind, StageLayers
+from llmsys.dynapipe.config import Attention, Parallelism, Recompute, ScheduleKind, StageLayers
 from llmsys.dynapipe.plan.instructions import BackwardPass, ForwardPass, Instruction
 
 
@@ -68,8 +68,10 @@ class ReplicaPlan:
 class Plan:
     """One training iteration: every sample of a global batch, on every device.
 
-    ``planner`` names what made it. ``memory_limit_mb`` has one entry for each pipeline device. The text and binary
-    forms hold all of it; ``check_plan`` tells whether it can run.
+    ``planner`` names what made it. ``attention``: "padded" micro-batches compute on all tokens of their padded rows,
+    also across packed samples; "varlen" ones concatenate their samples and attend only within each.
+    ``decoder_extra_tokens`` are added to each target. ``memory_limit_mb`` has one entry for each pipeline device. The
+    text and binary forms hold all of it; ``check_plan`` tells whether it can run.
     """
 
     planner: str
@@ -77,6 +79,8 @@ class Plan:
     parallelism: Parallelism
     stages: tuple[StageLayers, ...]
     memory_limit_mb: tuple[float, ...]
+    attention: Attention = "padded"
+    decoder_extra_tokens: int = 0
     replicas: tuple[ReplicaPlan, ...]
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import cast, get_args
 
 from llmsys.core.errors import PlanError
-from llmsys.dynapipe.config import Parallelism, Recompute, ScheduleKind, StageLayers
+from llmsys.dynapipe.config import Attention, Parallelism, Recompute, ScheduleKind, StageLayers
 from llmsys.dynapipe.plan.checks import check_plan
 from llmsys.dynapipe.plan.instructions import (
     BY_CODE,
@@ -32,6 +32,7 @@ def to_text(plan: Plan) -> str:
         HEADER,
         f"planner {plan.planner}",
         f"samples {plan.num_samples}",
+        f"attention {plan.attention} decoder_extra_tokens={plan.decoder_extra_tokens}",
         f"parallelism data={p.data} pipeline={p.pipeline} tensor={p.tensor} num_chunks={p.num_chunks} "
         f"zero_stage={p.zero_stage}",
         "stages " + " ".join(f"{s.num_encoder}+{s.num_decoder}{'+head' if s.head else ''}" for s in plan.stages),
@@ -121,6 +122,10 @@ class _Reader:
         self._next(HEADER)
         planner = self._next("planner")
         num_samples = int(self._next("samples"))
+        attention, rest = self._next("attention").split(" ", 1)
+        extra = int(_assignments(rest)["decoder_extra_tokens"])
+        if attention not in get_args(Attention):
+            raise ValueError(f"unknown attention {attention!r}")
         fields = _assignments(self._next("parallelism"))
         parallelism = Parallelism(**{name: int(value) for name, value in fields.items()})
         stages = tuple(_stage_from(part) for part in self._next("stages").split())
@@ -134,6 +139,8 @@ class _Reader:
             parallelism=parallelism,
             stages=stages,
             memory_limit_mb=limits,
+            attention=cast(Attention, attention),
+            decoder_extra_tokens=extra,
             replicas=tuple(replicas),
         )
 

@@ -5,6 +5,7 @@ formulas fitted to a profile), ``varlen`` (packed sequences with variable-length
 profile).
 """
 
+from llmsys.dynapipe.profile.fused import fused_profile
 from llmsys.dynapipe.profile.sources import (
     MODEL_STATE_FILE,
     PROFILE_FILE,
@@ -14,7 +15,7 @@ from llmsys.dynapipe.profile.sources import (
     open_profile,
 )
 from llmsys.dynapipe.profile.tables import RECOMPUTES, LayerProfile, LayerTables, Recompute
-from llmsys.dynapipe.profile.varlen import VarlenCosts, VarlenLayer, varlen_terms
+from llmsys.dynapipe.profile.varlen import PackSums, VarlenCosts, VarlenLayer, varlen_terms
 
 __all__ = [
     "MODEL_STATE_FILE",
@@ -23,10 +24,12 @@ __all__ = [
     "RECOMPUTES",
     "LayerProfile",
     "LayerTables",
+    "PackSums",
     "Recompute",
     "VarlenCosts",
     "VarlenLayer",
     "fitted_profile",
+    "fused_profile",
     "load_profile",
     "open_profile",
     "varlen_terms",

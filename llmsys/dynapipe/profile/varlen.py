@@ -21,8 +21,10 @@ fusing saves.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +38,56 @@ from llmsys.dynapipe.profile.tables import LayerProfile, Recompute, measured_poi
 
 FloatArray = NDArray[np.float64]
 Packs = Sequence[ArrayLike]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackSums:
+    """What the cost of a pack depends on, shape (packs,) each; sums over its samples.
+
+    ``tokens``: of lengths; ``squares``: of their squares; ``cross_tokens``: of the input lengths that a decoder
+    attends to; ``products``: of length times input length.
+    """
+
+    tokens: FloatArray
+    squares: FloatArray
+    cross_tokens: FloatArray
+    products: FloatArray
+
+    @classmethod
+    def of(cls, packs: Packs, cross: Packs | None = None) -> PackSums:
+        sums = np.zeros((4, len(packs)))
+        for i, pack in enumerate(packs):
+            own = _pack_lengths("pack", pack)
+            sums[:2, i] = own.sum(), own @ own
+            if cross is None:
+                continue
+            inputs = _pack_lengths("cross", cross[i])
+            if inputs.shape != own.shape:
+                raise InputError(
+                    "a pack and its cross lengths differ in size",
+                    expected="one input length for each target",
+                    found=f"{len(own)} targets, {len(inputs)} inputs",
+                )
+            sums[2:, i] = inputs.sum(), own @ inputs
+        return cls(tokens=sums[0], squares=sums[1], cross_tokens=sums[2], products=sums[3])
+
+    @classmethod
+    def of_runs(cls, lengths: ArrayLike, cross: ArrayLike, begins: ArrayLike, ends: ArrayLike) -> PackSums:
+        """Of the runs [begin, end) of one sequence of samples."""
+        own, inputs = _pack_lengths("lengths", lengths), _pack_lengths("cross", cross)
+        first, last = np.asarray(begins), np.asarray(ends)
+
+        def over_runs(values: FloatArray) -> FloatArray:
+            total = np.concatenate([[0.0], np.cumsum(values)])
+            difference: FloatArray = total[last] - total[first]
+            return difference
+
+        return cls(
+            tokens=over_runs(own),
+            squares=over_runs(own * own),
+            cross_tokens=over_runs(inputs),
+            products=over_runs(own * inputs),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,9 +113,18 @@ class VarlenLayer:
         self._check_cross(cross is not None)
         if cross is not None and len(cross) != len(packs):
             raise InputError("packs and cross differ in number", found=f"{len(packs)} and {len(cross)}")
-        terms = np.array(
-            [self._terms(pack, None if cross is None else cross[i]) for i, pack in enumerate(packs)]
-        ).reshape(len(packs), self.time_planes[0].shape[1])
+        return self.time_of_sums_ms(PackSums.of(packs, cross))
+
+    def time_of_sums_ms(self, sums: PackSums) -> tuple[FloatArray, FloatArray]:
+        """``time_ms`` of packs of which only the sums are known."""
+        one = np.ones(len(sums.tokens))
+        if self.kind == "head":
+            terms = np.stack([one, sums.tokens], axis=1)
+        else:
+            columns = [one, 0.0 * one, sums.tokens, sums.squares / self.attention_speedup]
+            if self.kind == "cross_layer":
+                columns += [sums.cross_tokens, sums.products / self.attention_speedup]
+            terms = np.stack(columns, axis=1)
         forward, backward = (self._largest(terms, planes) for planes in self.time_planes)
         return forward, backward
 
@@ -75,21 +136,20 @@ class VarlenLayer:
         """Highest use inside the forward pass by packs of ``num_tokens`` tokens in total (any shape)."""
         return self._memory_mb(self.peak_mb_per_token, num_tokens, num_cross_tokens)
 
-    def _terms(self, lengths: ArrayLike, cross: ArrayLike | None) -> FloatArray:
-        own = _pack_lengths("pack", lengths)
-        if self.kind == "head":
-            return np.array([1.0, own.sum()])
-        terms = [1.0, 0.0, own.sum(), own @ own / self.attention_speedup]
-        if cross is not None:
-            inputs = _pack_lengths("cross", cross)
-            if inputs.shape != own.shape:
-                raise InputError(
-                    "a pack and its cross lengths differ in size",
-                    expected="one input length for each target",
-                    found=f"{len(own)} targets, {len(inputs)} inputs",
-                )
-            terms += [inputs.sum(), own @ inputs / self.attention_speedup]
-        return np.array(terms)
+    def padded_costs(self, points: FloatArray) -> dict[str, FloatArray]:
+        """Table columns for padded micro-batches: ``points`` are rows of the part's table axes (see tables.AXES)."""
+        terms = layer_terms(self.kind, points)
+        if self.kind != "head":
+            terms[:, 1] = 0.0
+        for attention in (3, 5):
+            if attention < terms.shape[1]:
+                terms[:, attention] /= self.attention_speedup
+        forward, backward = (self._largest(terms, planes) for planes in self.time_planes)
+        columns = {"fw_ms": forward, "bw_ms": backward}
+        if self.kind != "head":
+            tokens = (terms[:, 2],) if self.kind == "layer" else (terms[:, 2], terms[:, 4])
+            columns |= {"stored_mb": self.stored_mb(*tokens), "peak_mb": self.peak_mb(*tokens)}
+        return columns
 
     def _largest(self, terms: FloatArray, planes: FloatArray) -> FloatArray:
         times: FloatArray = (terms @ planes.T).max(axis=1)
@@ -127,7 +187,7 @@ class VarlenCosts:
 def varlen_terms(
     profile: LayerProfile, tp: int, recompute: Recompute, *, attention_speedup: float = 1.0
 ) -> VarlenCosts:
-    """Derive the costs of variable-length packing from ``profile`` (up to half a second: keep the result).
+    """Derive the costs of variable-length packing from ``profile`` (the first time up to half a second).
 
     Raises InfeasibleError if the profile lacks (tp, recompute), InputError if ``attention_speedup`` is below
     1 or a table is too small to fit.
@@ -139,12 +199,9 @@ def varlen_terms(
             found=str(attention_speedup),
             fix="set attention_speedup",
         )
-    tables = profile.layer_tables(tp, recompute)
-    parts = {"encoder": tables.encoder, "decoder": tables.decoder, "head": tables.head}
     layers = {
-        part: _varlen_layer(formula_kind(profile.architecture, part), grid, attention_speedup)
-        for part, grid in parts.items()
-        if grid is not None
+        part: dataclasses.replace(layer, attention_speedup=attention_speedup)
+        for part, layer in _fitted_layers(profile, tp, recompute).items()
     }
     return VarlenCosts(
         architecture=profile.architecture,
@@ -154,7 +211,20 @@ def varlen_terms(
     )
 
 
-def _varlen_layer(kind: Kind, grid: GridTable, attention_speedup: float) -> VarlenLayer:
+# A fit takes up to half a second and is asked for again by every cost model of a grid search. Profiles are compared
+# by identity.
+@lru_cache(maxsize=64)
+def _fitted_layers(profile: LayerProfile, tp: int, recompute: Recompute) -> dict[str, VarlenLayer]:
+    tables = profile.layer_tables(tp, recompute)
+    parts = {"encoder": tables.encoder, "decoder": tables.decoder, "head": tables.head}
+    return {
+        part: _varlen_layer(formula_kind(profile.architecture, part), grid)
+        for part, grid in parts.items()
+        if grid is not None
+    }
+
+
+def _varlen_layer(kind: Kind, grid: GridTable) -> VarlenLayer:
     points, feasible = measured_points(grid)
     terms = layer_terms(kind, points)
     if len(points) < 2 * terms.shape[1]:
@@ -181,7 +251,7 @@ def _varlen_layer(kind: Kind, grid: GridTable, attention_speedup: float) -> Varl
         time_planes=(forward, backward),
         stored_mb_per_token=stored,
         peak_mb_per_token=peak,
-        attention_speedup=attention_speedup,
+        attention_speedup=1.0,
     )
 
 

@@ -165,6 +165,8 @@ def summary(manifest: Mapping[str, Any], directory: Path) -> str:
     if manifest["comparisons"]:
         columns = ("name", "paper", "ours", "ratio", "unit")
         table = pd.DataFrame(manifest["comparisons"])[list(columns)].rename(columns={"ratio": "ours/paper"})
+        numbers = ["paper", "ours", "ours/paper"]
+        table[numbers] = table[numbers].astype(float)  # None becomes NaN, which is printed as a dash
         lines.append(table.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.4g}"))
     lines.append(f"{manifest['num_rows']} rows ({', '.join(manifest['sources'])}): {directory}")
     return "\n".join(lines)

@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from llmsys.core.timeline import Timeline
+
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY, OLIVE = "#56B4E9", "#CC79A7", "#6B7280", "#999933"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, OLIVE, GREY)
@@ -67,6 +69,9 @@ _METHOD_COLORS = {
     "t522b": PURPLE,
     "t545b": VERMILLION,
 }
+
+_KIND_COLORS = {"forward": SKY, "backward": ORANGE, "send": GREY}
+_NAME_WIDTH = 0.006  # of the makespan, a letter: narrower spans are drawn without their names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +268,34 @@ def boxes(
         for box in drawn["boxes"]:
             box.set(facecolor=to_rgba(colors[name], look.fill_alpha), edgecolor=colors[name], hatch=look.hatch)
     ax.set_xticks(np.arange(len(groups)), [str(group) for group in groups])
+
+
+def gantt(ax: Axes, timeline: Timeline, *, lanes: Sequence[str] | None = None) -> None:
+    """Spans as bars over time, the first lane on top, coloured by kind; names stand where they fit.
+
+    ``lanes`` chooses and orders (default: all lanes). Nothing here tells measured from simulated: the title has to.
+    """
+    shown = list(timeline.lanes if lanes is None else lanes)
+    kinds = dict.fromkeys(span.kind for lane in shown for span in timeline.select(lane))
+    spare = [color for color in PALETTE if color not in _KIND_COLORS.values()]
+    others = (kind for kind in kinds if kind not in _KIND_COLORS)
+    colors = _KIND_COLORS | {kind: spare[rank % len(spare)] for rank, kind in enumerate(others)}
+    for row, lane in enumerate(shown):
+        spans = timeline.select(lane)
+        bars = [(span.start_ms, span.duration_ms) for span in spans]
+        ax.broken_barh(
+            bars, (row - 0.4, 0.8), facecolors=[colors[s.kind] for s in spans], edgecolor="white", linewidth=0.4
+        )
+        for span in spans:
+            if span.duration_ms >= _NAME_WIDTH * len(span.name) * timeline.makespan_ms > 0:
+                middle_ms = (span.start_ms + span.end_ms) / 2
+                ax.text(middle_ms, row, span.name, ha="center", va="center", fontsize=6, clip_on=True)
+    ax.set_yticks(range(len(shown)), shown, fontsize=8)
+    ax.margins(x=0)
+    ax.set(xlabel="time (ms)", ylim=(len(shown) - 0.5, -0.5))
+    ax.grid(visible=False)
+    handles = [Patch(facecolor=colors[kind], label=kind) for kind in kinds]
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
 
 
 def _marker(look: SourceStyle, color: str) -> dict[str, Any]:

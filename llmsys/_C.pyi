@@ -18,7 +18,10 @@ class PartitionResult(TypedDict):
     objective_ms: float
     t_max_ms: float
     num_evaluations: int
+
+class PartitionResults(PartitionResult):
     num_runs: int
+    others: list[PartitionResult]
 
 class SearchResult(TypedDict):
     feasible: bool
@@ -55,15 +58,22 @@ def partition_samples(
     pipeline_factor: float,
     num_replicas: float,
     max_size: int,
-) -> PartitionResult:
+    extra_factors: Sequence[float] = (),
+) -> PartitionResults:
     """Split an ordered sequence of samples into micro-batches; exact for DynaPipe's objective.
+
+    ``others`` are the best when the longest micro-batch counts more by each of ``extra_factors``.
 
     ``devices`` has rows (encoder layers, decoder layers, has head, stored limit, peak limit).
     """
 
 def partition_runs(
-    offset: NDArray[np.int64], times_ms: NDArray[np.float64], pipeline_factor: float, num_replicas: float
-) -> PartitionResult:
+    offset: NDArray[np.int64],
+    times_ms: NDArray[np.float64],
+    pipeline_factor: float,
+    num_replicas: float,
+    extra_factors: Sequence[float] = (),
+) -> PartitionResults:
     """The same from given times: ``times_ms[offset[i] + k]`` is that of samples i to i + k, inf if it does not fit."""
 
 def micro_batch_times(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,7 +60,7 @@ MicroBatchCost make_cost(std::shared_ptr<CostTable> encoder, std::shared_ptr<Cos
     return MicroBatchCost({std::move(encoder), std::move(decoder), std::move(head)}, std::move(loads));
 }
 
-nb::dict partition_to_python(Partition found, std::size_t num_runs) {
+nb::dict partition_to_python(Partition found) {
     nb::dict result;
     result["feasible"] = found.feasible;
     result["ends"] = to_numpy(std::move(found.ends));
@@ -67,35 +68,50 @@ nb::dict partition_to_python(Partition found, std::size_t num_runs) {
     result["objective_ms"] = found.objective_ms;
     result["t_max_ms"] = found.t_max_ms;
     result["num_evaluations"] = found.num_evaluations;
-    result["num_runs"] = num_runs;
+    return result;
+}
+
+// The best partition, and under "others" those that are best when the longest micro-batch counts more by each of
+// extra_factors; every objective is stated for pipeline_factor.
+nb::dict partition_runs(const RunTimes& runs, double pipeline_factor, double num_replicas,
+                        const std::vector<double>& extra_factors) {
+    std::vector<Partition> found;
+    {
+        nb::gil_scoped_release release;
+        found.push_back(partition_samples(runs, pipeline_factor, num_replicas));
+        for (const double extra : extra_factors) {
+            Partition other = partition_samples(runs, pipeline_factor + extra, num_replicas);
+            other.objective_ms -= extra * other.t_max_ms;
+            found.push_back(std::move(other));
+        }
+    }
+    nb::list others;
+    for (std::size_t i = 1; i < found.size(); ++i) others.append(partition_to_python(std::move(found[i])));
+    nb::dict result = partition_to_python(std::move(found[0]));
+    result["num_runs"] = runs.num_runs();
+    result["others"] = others;
     return result;
 }
 
 nb::dict partition(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
                    std::shared_ptr<CostTable> head, const Matrix& devices, const Integers& encoder_len,
-                   const Integers& decoder_len, double pipeline_factor, double num_replicas, std::int64_t max_size) {
+                   const Integers& decoder_len, double pipeline_factor, double num_replicas, std::int64_t max_size,
+                   const std::vector<double>& extra_factors) {
     MicroBatchCost cost = make_cost(std::move(encoder), std::move(decoder), std::move(head), devices);
     const auto encoders = to_vector(encoder_len), decoders = to_vector(decoder_len);
-    Partition found;
-    std::size_t num_runs = 0;
+    std::optional<RunTimes> runs;
     {
         nb::gil_scoped_release release;
-        const RunTimes runs(cost, encoders, decoders, max_size);
-        num_runs = runs.num_runs();
-        found = partition_samples(runs, pipeline_factor, num_replicas);
+        runs.emplace(cost, encoders, decoders, max_size);
     }
-    return partition_to_python(std::move(found), num_runs);
+    return partition_runs(*runs, pipeline_factor, num_replicas, extra_factors);
 }
 
-nb::dict partition_given(const Integers& offset, const Doubles& times_ms, double pipeline_factor, double num_replicas) {
+nb::dict partition_given(const Integers& offset, const Doubles& times_ms, double pipeline_factor, double num_replicas,
+                         const std::vector<double>& extra_factors) {
     const auto begins = to_vector(offset);
-    RunTimes runs(std::vector<std::size_t>(begins.begin(), begins.end()), to_vector(times_ms));
-    Partition found;
-    {
-        nb::gil_scoped_release release;
-        found = partition_samples(runs, pipeline_factor, num_replicas);
-    }
-    return partition_to_python(std::move(found), runs.num_runs());
+    const RunTimes runs(std::vector<std::size_t>(begins.begin(), begins.end()), to_vector(times_ms));
+    return partition_runs(runs, pipeline_factor, num_replicas, extra_factors);
 }
 
 nb::object run_times(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
@@ -105,8 +121,10 @@ nb::object run_times(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTab
                  "lengths and counts must have one entry a micro-batch");
     MicroBatchCost cost = make_cost(std::move(encoder), std::move(decoder), std::move(head), devices);
     std::vector<double> times;
-    for (std::size_t i = 0; i < counts.size(); ++i)
-        times.push_back(cost(encoder_len.data()[i], decoder_len.data()[i], counts.data()[i]).time_ms);
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+        const std::int64_t count = counts.data()[i];
+        if (!cost.append(encoder_len.data()[i], decoder_len.data()[i], count, count, times)) times.push_back(kInfinity);
+    }
     return to_numpy(std::move(times));
 }
 
@@ -231,10 +249,10 @@ void bind_solvers(nb::module_& m) {
             nb::arg("axes"), nb::arg("columns"));
     m.def("partition_samples", &partition, nb::arg("encoder").none(), nb::arg("decoder"), nb::arg("head"),
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("pipeline_factor"),
-          nb::arg("num_replicas"), nb::arg("max_size"),
+          nb::arg("num_replicas"), nb::arg("max_size"), nb::arg("extra_factors") = std::vector<double>{},
           "Splits an ordered sequence of samples into micro-batches; exact for DynaPipe's objective.");
     m.def("partition_runs", &partition_given, nb::arg("offset"), nb::arg("times_ms"), nb::arg("pipeline_factor"),
-          nb::arg("num_replicas"),
+          nb::arg("num_replicas"), nb::arg("extra_factors") = std::vector<double>{},
           "The same from given times: row i of the runs, from offset[i], holds those that begin at sample i.");
     m.def("micro_batch_times", &run_times, nb::arg("encoder").none(), nb::arg("decoder"), nb::arg("head"),
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("counts"),

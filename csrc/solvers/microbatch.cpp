@@ -8,109 +8,142 @@
 namespace llmsys {
 namespace {
 
-constexpr std::int64_t kMaxTabled = 4096;  // counts beyond are looked up each time
-
-std::vector<Bracket> find_brackets(const CostTable& table) {
-    const auto& axis = table.batch_axis();
-    const auto size = std::min(kMaxTabled, static_cast<std::int64_t>(axis.back()) + 1);
-    std::vector<Bracket> brackets;
-    for (std::int64_t count = 0; count <= size; ++count) brackets.push_back(locate(axis, static_cast<double>(count)));
-    return brackets;
-}
+// From so many counts on it pays to sum the layers up once, instead of for each count.
+constexpr std::int64_t kManyCounts = 12;
 
 }  // namespace
 
 MicroBatchCost::MicroBatchCost(LayerTables tables, std::vector<DeviceLoad> devices)
-    : tables_(std::move(tables)), devices_(std::move(devices)), cuts_(256) {
+    : tables_(std::move(tables)), devices_(std::move(devices)) {
     LLMSYS_CHECK(tables_.decoder && tables_.head, "the decoder and head tables are required");
     LLMSYS_CHECK(tables_.decoder->num_lengths() == (tables_.encoder ? 2u : 1u),
                  "the decoder table has axes (encoder length, decoder length, micro-batch size) in an "
                  "encoder-decoder model and (length, micro-batch size) in a decoder-only one");
     LLMSYS_CHECK(!devices_.empty(), "at least one device is required");
-    if (tables_.encoder) encoder_brackets_ = find_brackets(*tables_.encoder);
-    decoder_brackets_ = find_brackets(*tables_.decoder);
-    head_brackets_ = find_brackets(*tables_.head);
+    for (const CostTable* table : {tables_.encoder.get(), tables_.decoder.get(), tables_.head.get()})
+        if (table) counts_.insert(counts_.end(), table->batch_axis().begin(), table->batch_axis().end());
+    std::sort(counts_.begin(), counts_.end());
+    counts_.erase(std::unique(counts_.begin(), counts_.end()), counts_.end());
 }
 
-const MicroBatchCost::Cut& MicroBatchCost::cut(std::int64_t encoder_len, std::int64_t decoder_len) {
-    const std::uint64_t key = (static_cast<std::uint64_t>(encoder_len) << 32) | static_cast<std::uint64_t>(decoder_len);
-    if (last_cut_ && key == last_key_) return *last_cut_;
+MicroBatchCost::Cut& MicroBatchCost::cut(std::int64_t encoder_len, std::int64_t decoder_len) {
     LLMSYS_CHECK(encoder_len >= 0 && decoder_len >= 0,
                  "lengths must not be negative, got " << encoder_len << " and " << decoder_len);
-    if (2 * num_cuts_ >= cuts_.size()) {
-        std::vector<std::pair<std::uint64_t, std::unique_ptr<Cut>>> larger(2 * cuts_.size());
-        for (auto& [old_key, value] : cuts_) {
-            if (!value) continue;
-            std::size_t slot = old_key * 0x9E3779B97F4A7C15ull % larger.size();
-            while (larger[slot].second) slot = (slot + 1) % larger.size();
-            larger[slot] = {old_key, std::move(value)};
-        }
-        cuts_ = std::move(larger);
-    }
-    std::size_t slot = key * 0x9E3779B97F4A7C15ull % cuts_.size();
-    while (cuts_[slot].second && cuts_[slot].first != key) slot = (slot + 1) % cuts_.size();
-    if (!cuts_[slot].second) {
-        const double lengths[2] = {static_cast<double>(encoder_len), static_cast<double>(decoder_len)};
-        auto made = std::make_unique<Cut>();
-        if (tables_.encoder) made->encoder = tables_.encoder->cut(&lengths[0]);
-        made->decoder = tables_.decoder->cut(tables_.encoder ? &lengths[0] : &lengths[1]);
-        made->head = tables_.head->cut(&lengths[1]);
-        cuts_[slot] = {key, std::move(made)};
-        ++num_cuts_;
-    }
+    const std::uint64_t key = (static_cast<std::uint64_t>(encoder_len) << 32) | static_cast<std::uint64_t>(decoder_len);
+    if (last_cut_ && key == last_key_) return *last_cut_;
+    const auto [found, is_new] = cuts_.try_emplace(key);
     last_key_ = key;
-    last_cut_ = cuts_[slot].second.get();
+    last_cut_ = &found->second;
+    if (is_new) {
+        const double lengths[2] = {static_cast<double>(encoder_len), static_cast<double>(decoder_len)};
+        if (tables_.encoder) last_cut_->encoder = tables_.encoder->cut(&lengths[0]);
+        last_cut_->decoder = tables_.decoder->cut(tables_.encoder ? &lengths[0] : &lengths[1]);
+        last_cut_->head = tables_.head->cut(&lengths[1]);
+    }
     return *last_cut_;
 }
 
-Cell MicroBatchCost::operator()(std::int64_t encoder_len, std::int64_t decoder_len, std::int64_t count) {
-    const Cut& cut = this->cut(encoder_len, decoder_len);
-    struct Layer {
-        double time = 0, stored = 0, peak = 0, floor = 0;
+MicroBatchCost::Layer MicroBatchCost::layer_at(const CostTable& table, const CostLine& line, double count) {
+    const auto& axis = table.batch_axis();
+    const Bracket b = locate(axis, count);
+    if (!b.inside) return {kInfinity, kInfinity, kInfinity, kInfinity, true};
+    const std::size_t high = axis.size() > 1 ? b.low + 1 : b.low;
+    bool straight = b.weight >= 0.0;
+    const auto value = [&](const std::vector<double>& v) {
+        const double cost = interpolate(v[b.low], v[high], b.weight);
+        if (cost < 0.0) straight = false;
+        return std::max(0.0, cost);
     };
-    const auto read = [&](const CostTable& table, const Brackets& brackets, const CostLine& line) -> Layer {
-        const auto index = static_cast<std::size_t>(count);
-        const Bracket b =
-            index < brackets.size() ? brackets[index] : locate(table.batch_axis(), static_cast<double>(count));
-        if (!b.inside) return {kInfinity, kInfinity, kInfinity, kInfinity};
-        const std::size_t high = table.batch_axis().size() > 1 ? b.low + 1 : b.low;
-        // Below the grid extrapolation may pass 0.
-        const auto value = [&](const std::vector<double>& v) {
-            return std::max(0.0, interpolate(v[b.low], v[high], b.weight));
-        };
-        return {value(line.forward) + value(line.backward), value(line.stored), value(line.peak),
-                b.weight < 0.0 ? 0.0 : value(line.stored_floor)};
-    };
-    const Layer encoder = tables_.encoder ? read(*tables_.encoder, encoder_brackets_, cut.encoder) : Layer{};
-    const Layer decoder = read(*tables_.decoder, decoder_brackets_, cut.decoder);
-    const Layer head = read(*tables_.head, head_brackets_, cut.head);
+    Layer layer{value(line.forward) + value(line.backward), value(line.stored), value(line.peak), 0.0, true};
+    if (b.weight >= 0.0) layer.floor = value(line.stored_floor);
+    layer.straight = straight;
+    return layer;
+}
 
-    Cell cell{0.0, false};
-    for (const DeviceLoad& device : devices_) {
-        const double ne = device.num_encoder_layers, nd = device.num_decoder_layers;
-        // 0 * infinity is not a number: a device without such layers must not read their cost.
-        const double encoder_stored = ne > 0 ? ne * encoder.stored : 0.0;
-        double time = 0.0, stored = encoder_stored, peak = 0.0, floor = 0.0;
-        if (ne > 0) {
-            time += ne * encoder.time;
-            peak = (ne - 1) * encoder.stored + encoder.peak;
-            floor += ne * encoder.floor;
-        }
-        if (nd > 0) {
-            time += nd * decoder.time;
-            stored += nd * decoder.stored;
-            peak = std::max(peak, encoder_stored + (nd - 1) * decoder.stored + decoder.peak);
-            floor += nd * decoder.floor;
-        }
-        if (device.head) time += head.time;
-        if (floor > device.stored_limit_mb) cell.stop = true;
-        if (!(time < kInfinity) || stored > device.stored_limit_mb || peak > device.peak_limit_mb) {
-            cell.time_ms = kInfinity;
-        } else {
-            cell.time_ms = std::max(cell.time_ms, time);
+std::array<double, 5> MicroBatchCost::device_at(const DeviceLoad& device, const Layer& encoder, const Layer& decoder,
+                                                const Layer& head) {
+    // 0 * infinity is not a number: a device without such layers must not read their cost.
+    const auto times = [](double number, double value) { return number > 0 ? number * value : 0.0; };
+    const double ne = device.num_encoder_layers, nd = device.num_decoder_layers;
+    const double encoder_stored = times(ne, encoder.stored);
+    // The last of equal layers peaks highest: it runs on top of all the others' stored activations.
+    return {times(ne, encoder.time) + times(nd, decoder.time) + (device.head ? head.time : 0.0),
+            encoder_stored + times(nd, decoder.stored), ne > 0 ? times(ne - 1, encoder.stored) + encoder.peak : 0.0,
+            nd > 0 ? encoder_stored + times(nd - 1, decoder.stored) + decoder.peak : 0.0,
+            times(ne, encoder.floor) + times(nd, decoder.floor)};
+}
+
+void MicroBatchCost::add_device_lines(Cut& cut) const {
+    cut.devices.resize(devices_.size());
+    cut.straight = counts_.front() <= 1.0;  // no count is extrapolated
+    for (const double count : counts_) {
+        const Layer encoder = tables_.encoder ? layer_at(*tables_.encoder, cut.encoder, count) : Layer{};
+        const Layer decoder = layer_at(*tables_.decoder, cut.decoder, count);
+        const Layer head = layer_at(*tables_.head, cut.head, count);
+        cut.straight = cut.straight && encoder.straight && decoder.straight && head.straight;
+        for (std::size_t d = 0; d < devices_.size(); ++d) {
+            const auto point = device_at(devices_[d], encoder, decoder, head);
+            DeviceLine& line = cut.devices[d];
+            line.time.push_back(point[0]);
+            line.stored.push_back(point[1]);
+            line.encoder_peak.push_back(point[2]);
+            line.decoder_peak.push_back(point[3]);
+            line.stored_floor.push_back(point[4]);
         }
     }
-    return cell;
+}
+
+template <typename Point>
+double MicroBatchCost::slowest(const Point& point, bool& stop) const {
+    double slowest = 0.0;
+    for (std::size_t d = 0; d < devices_.size(); ++d) {
+        const auto [time, stored, encoder_peak, decoder_peak, floor] = point(d);
+        const DeviceLoad& device = devices_[d];
+        if (floor > device.stored_limit_mb) stop = true;
+        if (!(time < kInfinity) || stored > device.stored_limit_mb || encoder_peak > device.peak_limit_mb ||
+            decoder_peak > device.peak_limit_mb) {
+            slowest = kInfinity;
+        } else {
+            slowest = std::max(slowest, time);
+        }
+    }
+    return slowest;
+}
+
+bool MicroBatchCost::append(std::int64_t encoder_len, std::int64_t decoder_len, std::int64_t first, std::int64_t last,
+                            std::vector<double>& time_ms) {
+    Cut& lines = cut(encoder_len, decoder_len);
+    if (lines.devices.empty() && last - first >= kManyCounts) add_device_lines(lines);
+    std::size_t low = 0;
+    for (std::int64_t count = first; count <= last; ++count) {
+        const auto x = static_cast<double>(count);
+        if (x > counts_.back()) return false;
+        bool stop = false;
+        double time = 0.0;
+        if (lines.straight) {
+            while (low + 2 < counts_.size() && counts_[low + 1] <= x) ++low;
+            const std::size_t high = counts_.size() > 1 ? low + 1 : low;
+            const double weight = high > low ? (x - counts_[low]) / (counts_[high] - counts_[low]) : 0.0;
+            time = slowest(
+                [&](std::size_t d) {
+                    const DeviceLine& line = lines.devices[d];
+                    const auto value = [&](const std::vector<double>& v) {
+                        return interpolate(v[low], v[high], weight);
+                    };
+                    return std::array<double, 5>{value(line.time), value(line.stored), value(line.encoder_peak),
+                                                 value(line.decoder_peak), value(line.stored_floor)};
+                },
+                stop);
+        } else {
+            const Layer encoder = tables_.encoder ? layer_at(*tables_.encoder, lines.encoder, x) : Layer{};
+            const Layer decoder = layer_at(*tables_.decoder, lines.decoder, x);
+            const Layer head = layer_at(*tables_.head, lines.head, x);
+            time = slowest([&](std::size_t d) { return device_at(devices_[d], encoder, decoder, head); }, stop);
+        }
+        if (stop) return false;
+        time_ms.push_back(time);
+    }
+    return true;
 }
 
 RunTimes::RunTimes(MicroBatchCost& cost, const std::vector<std::int64_t>& encoder_len,
@@ -121,22 +154,25 @@ RunTimes::RunTimes(MicroBatchCost& cost, const std::vector<std::int64_t>& encode
     const std::size_t num_samples = encoder_len.size();
     offset_.assign(num_samples + 1, 0);
     for (std::size_t begin = 0; begin < num_samples; ++begin) {
+        const std::size_t last = std::min(num_samples, begin + static_cast<std::size_t>(max_size));
         std::int64_t longest_encoder = 0, longest_decoder = 0;
-        std::size_t last_feasible = offset_[begin];
-        for (std::size_t end = begin; end < num_samples; ++end) {
-            const auto count = static_cast<std::int64_t>(end - begin) + 1;
-            if (count > max_size) break;
+        bool may_grow = true;
+        for (std::size_t end = begin; end < last && may_grow;) {
             longest_encoder = std::max(longest_encoder, encoder_len[end]);
             longest_decoder = std::max(longest_decoder, decoder_len[end]);
-            const Cell cell = cost(longest_encoder, longest_decoder, count);
-            if (cell.stop) break;
-            time_ms_.push_back(cell.time_ms);
-            if (cell.time_ms < kInfinity) last_feasible = time_ms_.size();
+            const std::size_t stretch = end;
+            while (end < last && encoder_len[end] <= longest_encoder && decoder_len[end] <= longest_decoder) ++end;
+            may_grow = cost.append(longest_encoder, longest_decoder, static_cast<std::int64_t>(stretch - begin) + 1,
+                                   static_cast<std::int64_t>(end - begin), time_ms_);
         }
-        time_ms_.resize(last_feasible);
-        offset_[begin + 1] = last_feasible;
-        max_width_ = std::max(max_width_, last_feasible - offset_[begin]);
+        while (time_ms_.size() > offset_[begin] && time_ms_.back() == kInfinity) time_ms_.pop_back();
+        offset_[begin + 1] = time_ms_.size();
     }
+    find_max_width();
+}
+
+void RunTimes::find_max_width() {
+    for (std::size_t begin = 0; begin < num_samples(); ++begin) max_width_ = std::max(max_width_, width(begin));
 }
 
 RunTimes::RunTimes(std::vector<std::size_t> offset, std::vector<double> time_ms)
@@ -146,9 +182,9 @@ RunTimes::RunTimes(std::vector<std::size_t> offset, std::vector<double> time_ms)
     for (std::size_t begin = 0; begin < num_samples(); ++begin) {
         LLMSYS_CHECK(offset_[begin] <= offset_[begin + 1], "the rows of the runs must be in order");
         LLMSYS_CHECK(begin + width(begin) <= num_samples(), "row " << begin << " reaches past the last sample");
-        max_width_ = std::max(max_width_, width(begin));
     }
     for (const double time : time_ms_) LLMSYS_CHECK(time >= 0.0, "times must not be negative, got " << time);
+    find_max_width();
 }
 
 namespace {
@@ -156,7 +192,24 @@ namespace {
 // Cheapest total time of a partition whose micro-batches all take at most t_max.
 class TotalTime {
   public:
-    explicit TotalTime(const RunTimes& runs) : runs_(runs), best_(runs.num_samples() + 1) {}
+    explicit TotalTime(const RunTimes& runs) : runs_(runs), best_(runs.num_samples() + 1) {
+        for (std::size_t begin = 0; begin < runs.num_samples(); ++begin) {
+            rows_.push_back(runs.row(begin));
+            widths_.push_back(runs.width(begin));
+        }
+    }
+
+    // From now on only t_max up to `limit` will be asked for: copies the runs that can matter, which lie together
+    // then. Rows are often many times as wide as any good micro-batch.
+    void trim(double limit) {
+        std::vector<std::size_t> begins;
+        for (std::size_t begin = 0; begin < runs_.num_samples(); ++begin) {
+            while (widths_[begin] > 0 && rows_[begin][widths_[begin] - 1] > limit) --widths_[begin];
+            begins.push_back(kept_.size());
+            kept_.insert(kept_.end(), rows_[begin], rows_[begin] + widths_[begin]);
+        }
+        for (std::size_t begin = 0; begin < begins.size(); ++begin) rows_[begin] = kept_.data() + begins[begin];
+    }
 
     double solve(double t_max) {
         ++num_evaluations;
@@ -165,10 +218,9 @@ class TotalTime {
         for (std::size_t begin = 0; begin < runs_.num_samples(); ++begin) {
             const double before = best_[begin];
             if (before == kInfinity) continue;
-            const double* time = runs_.row(begin);
+            const double* time = rows_[begin];
             double* after = best_.data() + begin + 1;
-            const std::size_t width = runs_.width(begin);
-            for (std::size_t k = 0; k < width; ++k) {
+            for (std::size_t k = 0; k < widths_[begin]; ++k) {
                 const double total = time[k] <= t_max ? before + time[k] : kInfinity;
                 after[k] = std::min(after[k], total);
             }
@@ -185,7 +237,8 @@ class TotalTime {
             double chosen_time = kInfinity;
             const std::size_t lowest = end > runs_.max_width() ? end - runs_.max_width() : 0;
             for (std::size_t begin = end; begin-- > lowest;) {
-                const double time = runs_.at(begin, end);
+                if (end - begin > widths_[begin]) continue;
+                const double time = rows_[begin][end - begin - 1];
                 if (time <= t_max && best_[begin] + time == best_[end] && time < chosen_time) {
                     chosen = begin;
                     chosen_time = time;
@@ -201,11 +254,25 @@ class TotalTime {
         return result;
     }
 
+    // All different times in (above, below), ascending.
+    std::vector<double> times_between(double above, double below) const {
+        std::vector<double> times;
+        for (std::size_t begin = 0; begin < runs_.num_samples(); ++begin)
+            for (std::size_t k = 0; k < widths_[begin]; ++k)
+                if (rows_[begin][k] > above && rows_[begin][k] < below) times.push_back(rows_[begin][k]);
+        std::sort(times.begin(), times.end());
+        times.erase(std::unique(times.begin(), times.end()), times.end());
+        return times;
+    }
+
     std::int64_t num_evaluations = 0;
 
   private:
     const RunTimes& runs_;
     std::vector<double> best_;
+    std::vector<const double*> rows_;
+    std::vector<std::size_t> widths_;
+    std::vector<double> kept_;
 };
 
 // The total f(t_max) is a falling step function whose steps lie at times of runs: the candidates. An open interval
@@ -215,7 +282,7 @@ class TotalTime {
 class StepSearch {
   public:
     StepSearch(const RunTimes& runs, double pipeline_factor, double num_replicas)
-        : runs_(runs), total_(runs), factor_(pipeline_factor), replicas_(num_replicas) {}
+        : total_(runs), factor_(pipeline_factor), replicas_(num_replicas) {}
 
     Partition run() {
         const double least_total = evaluate(kInfinity);
@@ -224,7 +291,9 @@ class StepSearch {
             double t_max = last_t_max_ / 2;
             while (t_max > 0 && evaluate(t_max) < kInfinity) t_max /= 2;
             const double infeasible = t_max;
-            collect_candidates(infeasible, (best_.objective_ms - least_total / replicas_) / factor_);
+            const double useless = (best_.objective_ms - least_total / replicas_) / factor_;
+            total_.trim(useless);
+            candidates_ = total_.times_between(infeasible, useless);
             if (!candidates_.empty()) {
                 const std::size_t last = candidates_.size() - 1;
                 const double last_total = evaluate(candidates_[last]);
@@ -245,16 +314,6 @@ class StepSearch {
         last_t_max_ = found.t_max_ms;
         if (found.objective_ms < best_.objective_ms) best_ = std::move(found);
         return total;
-    }
-
-    void collect_candidates(double above, double below) {
-        for (std::size_t begin = 0; begin < runs_.num_samples(); ++begin) {
-            const double* time = runs_.row(begin);
-            for (std::size_t k = 0; k < runs_.width(begin); ++k)
-                if (time[k] > above && time[k] < below) candidates_.push_back(time[k]);
-        }
-        std::sort(candidates_.begin(), candidates_.end());
-        candidates_.erase(std::unique(candidates_.begin(), candidates_.end()), candidates_.end());
     }
 
     // Index of the real maximum of the last feasible evaluation; -1 when it lies below all candidates.
@@ -278,7 +337,6 @@ class StepSearch {
         }
     }
 
-    const RunTimes& runs_;
     TotalTime total_;
     double factor_, replicas_;
     std::vector<double> candidates_;

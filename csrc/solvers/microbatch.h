@@ -1,7 +1,9 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "solvers/table.h"
@@ -23,34 +25,51 @@ struct LayerTables {
     std::shared_ptr<const CostTable> head;     // lengths (decoder)
 };
 
-// Time of a micro-batch on its slowest device, or infinity when some device has no room for it.
-struct Cell {
-    double time_ms = kInfinity;
-    bool stop = false;  // no micro-batch that contains this one can fit
-};
-
-// Costs of any micro-batch (count, padded lengths); cuts of the tables are kept per pair of lengths.
+// Costs of any micro-batch (count, padded lengths): its time on the slowest device, infinite where some device has no
+// room for it. The tables are cut once per pair of lengths; what remains is piecewise linear in the count.
 class MicroBatchCost {
   public:
     MicroBatchCost(LayerTables tables, std::vector<DeviceLoad> devices);
 
-    Cell operator()(std::int64_t encoder_len, std::int64_t decoder_len, std::int64_t count);
+    // Appends the times of counts first..last. Returns false, with fewer times appended, at the first count that proves
+    // that no micro-batch which contains this one fits.
+    bool append(std::int64_t encoder_len, std::int64_t decoder_len, std::int64_t first, std::int64_t last,
+                std::vector<double>& time_ms);
 
   private:
+    // One device's costs at the points of counts_, straight lines in between.
+    struct DeviceLine {
+        std::vector<double> time, stored, encoder_peak, decoder_peak;
+        std::vector<double> stored_floor;  // see CostTable
+    };
     struct Cut {
         CostLine encoder, decoder, head;
+        // Made when many counts are asked for. Below a table's smallest length or count, costs are extrapolated and cut
+        // off at 0; where that happens they are no straight lines, and each count is worked out from the layers.
+        std::vector<DeviceLine> devices;
+        bool straight = false;
     };
-    // Brackets of small counts on one table's micro-batch axis, found once.
-    using Brackets = std::vector<Bracket>;
-    const Cut& cut(std::int64_t encoder_len, std::int64_t decoder_len);
+    struct Layer {
+        double time = 0, stored = 0, peak = 0, floor = 0;
+        bool straight = true;
+    };
+
+    Cut& cut(std::int64_t encoder_len, std::int64_t decoder_len);
+    void add_device_lines(Cut& cut) const;
+    static Layer layer_at(const CostTable& table, const CostLine& line, double count);
+    // One point of a device's line: time, stored, encoder peak, decoder peak, floor.
+    static std::array<double, 5> device_at(const DeviceLoad& device, const Layer& encoder, const Layer& decoder,
+                                           const Layer& head);
+    // The time on the slowest device, given each device's point; sets stop when nothing larger can fit.
+    template <typename Point>
+    double slowest(const Point& point, bool& stop) const;
 
     LayerTables tables_;
     std::vector<DeviceLoad> devices_;
-    Brackets encoder_brackets_, decoder_brackets_, head_brackets_;
-    std::vector<std::pair<std::uint64_t, std::unique_ptr<Cut>>> cuts_;  // open addressing, see cut()
-    std::size_t num_cuts_ = 0;
+    std::vector<double> counts_;  // the micro-batch sizes of all tables together
+    std::unordered_map<std::uint64_t, Cut> cuts_;
     std::uint64_t last_key_ = ~std::uint64_t{0};
-    const Cut* last_cut_ = nullptr;
+    Cut* last_cut_ = nullptr;
 };
 
 // All feasible runs of consecutive samples with their times, row i: micro-batches that begin at sample i.
@@ -72,6 +91,8 @@ class RunTimes {
     std::size_t num_runs() const { return time_ms_.size(); }
 
   private:
+    void find_max_width();
+
     std::vector<std::size_t> offset_;
     std::vector<double> time_ms_;
     std::size_t max_width_ = 0;

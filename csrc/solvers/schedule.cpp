@@ -85,125 +85,24 @@ DeviceOrders one_f_one_b_order(std::int64_t num_micro_batches, std::int64_t num_
     }
 }
 
-DeviceOrders adaptive_order(const PipelineCosts& costs, const std::int32_t* permutation,
-                            const std::vector<double>& memory_limit_mb, std::int64_t max_in_flight) {
-    const std::int64_t num_stages = costs.num_stages, num_devices = costs.num_devices;
-    const std::int64_t num_micro_batches = costs.num_micro_batches;
-    // Micro-batches reach and leave every stage in order, so a count stands for each queue.
-    struct Queue {
-        std::int64_t arrived = 0, done = 0, arriving = 0;
-    };
-    std::vector<Queue> forward(static_cast<std::size_t>(num_stages)), backward(static_cast<std::size_t>(num_stages));
-    forward[0].arrived = num_micro_batches;
-    struct Device {
-        double memory_mb = 0.0;
-        std::int64_t newest_forward = 0, newest_backward = 0;
-    };
-    std::vector<Device> devices(static_cast<std::size_t>(num_devices));
-    DeviceOrders orders(static_cast<std::size_t>(num_devices));
-    for (auto& order : orders)
-        order.reserve(static_cast<std::size_t>(2 * num_micro_batches * num_stages / num_devices));
-
-    const auto at = [&](const double* column, std::int64_t position, std::int64_t stage) {
-        return column[permutation[position] * num_stages + stage];
-    };
-    const auto run_backward = [&](std::int64_t d, std::int64_t stage) {
-        Queue& queue = backward[static_cast<std::size_t>(stage)];
-        Device& device = devices[static_cast<std::size_t>(d)];
-        const std::int64_t position = queue.done++;
-        device.memory_mb -= at(costs.stored_mb, position, stage);
-        device.newest_backward = std::max(device.newest_backward, position + 1);
-        if (stage > 0) ++backward[static_cast<std::size_t>(stage - 1)].arriving;
-        orders[static_cast<std::size_t>(d)].push_back(
-            {static_cast<std::int32_t>(position), static_cast<std::int32_t>(stage), true});
-    };
-    const auto extra_in_flight = [&](std::int64_t d) {
-        double largest = 0.0;
-        for (std::int64_t stage = d; stage < num_stages; stage += num_devices) {
-            const auto s = static_cast<std::size_t>(stage);
-            for (std::int64_t position = backward[s].done; position < forward[s].done; ++position)
-                largest = std::max(largest, at(costs.backward_extra_mb, position, stage));
-        }
-        return largest;
-    };
-    const auto run_forward = [&](std::int64_t d, std::int64_t stage) {
-        Queue& queue = forward[static_cast<std::size_t>(stage)];
-        Device& device = devices[static_cast<std::size_t>(d)];
-        const std::int64_t position = queue.done;
-        const double stored = at(costs.stored_mb, position, stage);
-        if (position >= device.newest_forward) {
-            // A backward pass cannot be put off later, so what it needs counts when a micro-batch enters.
-            const double limit = memory_limit_mb[static_cast<std::size_t>(d)];
-            const double largest_extra = std::max(at(costs.backward_extra_mb, position, stage), extra_in_flight(d));
-            const bool full = device.memory_mb + at(costs.forward_peak_mb, position, stage) > limit ||
-                              device.memory_mb + stored + largest_extra > limit;
-            if (full || device.newest_forward - device.newest_backward >= max_in_flight) return false;
-            device.newest_forward = position + 1;
-        }
-        device.memory_mb += stored;
-        ++queue.done;
-        if (stage + 1 < num_stages) {
-            ++forward[static_cast<std::size_t>(stage + 1)].arriving;
-        } else {
-            ++backward[static_cast<std::size_t>(stage)].arriving;
-        }
-        orders[static_cast<std::size_t>(d)].push_back(
-            {static_cast<std::int32_t>(position), static_cast<std::int32_t>(stage), false});
-        return true;
-    };
-
-    struct Head {
-        std::int64_t position, stage;
-        bool operator<(const Head& other) const {
-            return position != other.position ? position < other.position : stage < other.stage;
-        }
-    };
-    std::vector<Head> backward_heads, forward_heads;
-    for (bool progress = true; progress;) {
-        progress = false;
-        for (std::int64_t d = 0; d < num_devices; ++d) {
-            backward_heads.clear();
-            forward_heads.clear();
-            for (std::int64_t stage = d; stage < num_stages; stage += num_devices) {
-                const Queue& b = backward[static_cast<std::size_t>(stage)];
-                const Queue& f = forward[static_cast<std::size_t>(stage)];
-                if (b.done < b.arrived) backward_heads.push_back({b.done, stage});
-                if (f.done < f.arrived) forward_heads.push_back({f.done, stage});
-            }
-            std::sort(backward_heads.begin(), backward_heads.end());
-            std::sort(forward_heads.begin(), forward_heads.end());
-            for (std::size_t i = 0; i < std::max(backward_heads.size(), forward_heads.size()); ++i) {
-                if (i < backward_heads.size()) {
-                    run_backward(d, backward_heads[i].stage);
-                    progress = true;
-                }
-                if (i < forward_heads.size() && run_forward(d, forward_heads[i].stage)) progress = true;
-            }
-        }
-        for (auto* queues : {&forward, &backward}) {
-            for (Queue& queue : *queues) {
-                queue.arrived += queue.arriving;
-                queue.arriving = 0;
-            }
-        }
-    }
-    if (backward[0].done < num_micro_batches) return {};
-    return orders;
-}
-
 Replay::Replay(const PipelineCosts& costs)
     : costs_(costs),
       compute_free_ms_(static_cast<std::size_t>(costs.num_devices)),
       send_free_ms_(static_cast<std::size_t>(costs.num_devices)),
       memory_mb_(static_cast<std::size_t>(costs.num_devices)),
+      work_ms_(static_cast<std::size_t>(costs.num_devices)),
       next_(static_cast<std::size_t>(costs.num_devices)) {
     const auto size = static_cast<std::size_t>(costs.num_micro_batches * costs.num_stages * 2);
     arrival_ms_.resize(size);
     start_ms_.resize(size);
     send_start_ms_.resize(size);
+    for (std::int64_t cell = 0; cell < costs.num_micro_batches * costs.num_stages; ++cell) {
+        const auto d = static_cast<std::size_t>(costs.device(cell % costs.num_stages));
+        work_ms_[d] += costs.forward_ms[cell] + costs.backward_ms[cell];
+    }
 }
 
-Outcome Replay::run(const DeviceOrders& orders, const std::int32_t* permutation) {
+Outcome Replay::run(const DeviceOrders& orders, const std::int32_t* permutation, double give_up_ms) {
     constexpr double kNotYet = -1.0;
     const std::int64_t num_stages = costs_.num_stages;
     std::fill(arrival_ms_.begin(), arrival_ms_.end(), kNotYet);
@@ -212,6 +111,7 @@ Outcome Replay::run(const DeviceOrders& orders, const std::int32_t* permutation)
     for (auto* column : {&compute_free_ms_, &send_free_ms_, &memory_mb_})
         std::fill(column->begin(), column->end(), 0.0);
     std::fill(next_.begin(), next_.end(), std::size_t{0});
+    least_end_ms_ = work_ms_;
     runnable_.clear();
     for (std::int64_t d = costs_.num_devices; d-- > 0;) runnable_.push_back(d);
 
@@ -232,6 +132,9 @@ Outcome Replay::run(const DeviceOrders& orders, const std::int32_t* permutation)
             const double start = std::max(compute_free_ms_[d], arrival_ms_[slot]);
             const double end = start + (op.backward ? costs_.backward_ms[cell] : costs_.forward_ms[cell]);
             start_ms_[slot] = start;
+            least_end_ms_[d] += start - compute_free_ms_[d];
+            // A device's work and waits may round to a little more than its real end.
+            if (least_end_ms_[d] > give_up_ms * (1 + 1e-9)) return outcome;
             compute_free_ms_[d] = end;
             outcome.makespan_ms = std::max(outcome.makespan_ms, end);
             const double needed = op.backward ? costs_.backward_extra_mb[cell] : costs_.forward_peak_mb[cell];

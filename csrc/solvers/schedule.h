@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace llmsys {
@@ -36,12 +37,6 @@ enum class ScheduleKind { one_f_one_b, adaptive };
 // 1F1B; with several chunks a device, interleaved 1F1B, whose last group of micro-batches may be incomplete.
 DeviceOrders one_f_one_b_order(std::int64_t num_micro_batches, std::int64_t num_stages, std::int64_t num_devices);
 
-// DynaPipe's cyclic schedule. In each cycle a device runs at most one forward and one backward pass per stage; a
-// micro-batch new to a device waits while it would pass memory_limit_mb (one entry a device) or max_in_flight.
-// Returns an empty vector when the cycles stop before all work is done.
-DeviceOrders adaptive_order(const PipelineCosts& costs, const std::int32_t* permutation,
-                            const std::vector<double>& memory_limit_mb, std::int64_t max_in_flight);
-
 struct Outcome {
     bool complete = false;  // false: the orders wait for each other
     double makespan_ms = 0.0;
@@ -54,7 +49,10 @@ class Replay {
   public:
     explicit Replay(const PipelineCosts& costs);
 
-    Outcome run(const DeviceOrders& orders, const std::int32_t* permutation);
+    // Gives up, with an incomplete outcome, once the makespan is sure to pass give_up_ms.
+    Outcome run(const DeviceOrders& orders, const std::int32_t* permutation, double give_up_ms = kNever);
+
+    static constexpr double kNever = std::numeric_limits<double>::infinity();
 
     // Of the last run, indexed [(micro-batch * num_stages + stage) * 2 + backward], original micro-batch numbers.
     const std::vector<double>& start_ms() const { return start_ms_; }
@@ -63,6 +61,7 @@ class Replay {
   private:
     PipelineCosts costs_;
     std::vector<double> arrival_ms_, start_ms_, send_start_ms_, compute_free_ms_, send_free_ms_, memory_mb_;
+    std::vector<double> work_ms_, least_end_ms_;  // of each device: all its passes; that plus its waits so far
     std::vector<std::size_t> next_;
     std::vector<std::int64_t> runnable_;
 };

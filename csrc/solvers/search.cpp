@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "common/check.h"
+#include "solvers/adaptive.h"
 #include "solvers/random.h"
 #include "solvers/schedule.h"
 
@@ -18,26 +19,26 @@ struct Score {
     bool operator<=(const Score& other) const { return !(other < *this); }
 };
 
+// A schedule slower than a feasible best one is of no use; while the best overflows, slower ones may be.
+double give_up_ms(const Score& best) { return best.overflow_mb == 0.0 ? best.makespan_ms : Replay::kNever; }
+
 class Evaluator {
   public:
     Evaluator(const PipelineCosts& costs, const std::vector<double>& limit_mb, std::int64_t max_in_flight)
-        : costs_(costs),
-          limit_mb_(limit_mb),
-          max_in_flight_(max_in_flight),
+        : limit_mb_(limit_mb),
           replay_(costs),
+          adaptive_(costs, limit_mb, max_in_flight),
           one_f_one_b_(one_f_one_b_order(costs.num_micro_batches, costs.num_stages, costs.num_devices)) {}
 
-    DeviceOrders orders(ScheduleKind kind, const std::vector<std::int32_t>& permutation) const {
-        if (kind == ScheduleKind::one_f_one_b) return one_f_one_b_;
-        return adaptive_order(costs_, permutation.data(), limit_mb_, max_in_flight_);
+    // Valid until the next call; null when the schedule cannot complete.
+    const DeviceOrders* orders(ScheduleKind kind, const std::vector<std::int32_t>& permutation) {
+        return kind == ScheduleKind::one_f_one_b ? &one_f_one_b_ : adaptive_.schedule(permutation.data());
     }
 
-    Outcome run(ScheduleKind kind, const std::vector<std::int32_t>& permutation) {
+    Outcome run(ScheduleKind kind, const std::vector<std::int32_t>& permutation, double give_up_ms) {
         ++num_evaluations;
-        if (kind == ScheduleKind::one_f_one_b) return replay_.run(one_f_one_b_, permutation.data());
-        const DeviceOrders made = orders(kind, permutation);
-        if (made.empty()) return {};
-        return replay_.run(made, permutation.data());
+        const DeviceOrders* made = orders(kind, permutation);
+        return made ? replay_.run(*made, permutation.data(), give_up_ms) : Outcome{};
     }
 
     Score score(const Outcome& outcome) const {
@@ -51,10 +52,9 @@ class Evaluator {
     std::int64_t num_evaluations = 0;
 
   private:
-    const PipelineCosts& costs_;
     const std::vector<double>& limit_mb_;
-    std::int64_t max_in_flight_;
     Replay replay_;
+    AdaptiveScheduler adaptive_;
     DeviceOrders one_f_one_b_;
 };
 
@@ -97,7 +97,7 @@ SearchResult search_schedule(const PipelineCosts& costs, const std::vector<Sched
     Score best_score;
     for (const ScheduleKind kind : kinds) {
         for (const auto& permutation : permutations) {
-            const Outcome outcome = evaluator.run(kind, permutation);
+            const Outcome outcome = evaluator.run(kind, permutation, give_up_ms(best_score));
             const Score score = evaluator.score(outcome);
             if (score < best_score || best.permutation.empty()) {
                 best_score = score;
@@ -114,7 +114,7 @@ SearchResult search_schedule(const PipelineCosts& costs, const std::vector<Sched
         random_move(tried, random);
         // Every fourth try looks at the other kind, which may have overtaken.
         const auto kind = move % 4 == 3 ? kinds[static_cast<std::size_t>(move / 4) % kinds.size()] : best.kind;
-        const Outcome outcome = evaluator.run(kind, tried);
+        const Outcome outcome = evaluator.run(kind, tried, give_up_ms(best_score));
         const Score score = evaluator.score(outcome);
         if (score <= best_score) {  // equal ones too: a walk along a plateau finds its edge
             best_score = score;
@@ -127,7 +127,7 @@ SearchResult search_schedule(const PipelineCosts& costs, const std::vector<Sched
     best.overflow_mb = best_score.overflow_mb;
     best.feasible = best_score.overflow_mb == 0.0;
     if (std::isfinite(best_score.overflow_mb)) {
-        best.orders = evaluator.orders(best.kind, best.permutation);
+        best.orders = *evaluator.orders(best.kind, best.permutation);
         for (auto& order : best.orders)
             for (Op& op : order) op.micro_batch = best.permutation[static_cast<std::size_t>(op.micro_batch)];
     }

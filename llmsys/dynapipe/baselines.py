@@ -1,4 +1,4 @@
-"""What DynaPipe is compared with (paper section 8): packing, fixed micro-batch sizes, fixed token counts.
+"""What DynaPipe is compared with: packing, fixed micro-batch sizes, fixed token counts.
 
 Every baseline is a planner: same signature, same plan, same simulator. Systems of today schedule with 1F1B in a fixed
 order, whatever the planner's settings allow, so ``static`` ones do.
@@ -21,10 +21,11 @@ from llmsys.dynapipe.ordering import order_samples
 from llmsys.dynapipe.plan import MicroBatch
 from llmsys.dynapipe.planner import (
     Scheduled,
+    Work,
     no_schedule_error,
-    schedule_groups,
+    price_padded,
     schedule_parts,
-    with_enough_groups,
+    schedule_work,
 )
 from llmsys.dynapipe.workload import Samples
 
@@ -80,7 +81,7 @@ class Packing:
             )
         micro_batches = [MicroBatch(rows=tuple(g), encoder_len=limits[0], decoder_len=limits[1]) for g in groups]
         costs = self._costs(micro_batches, samples.encoder_len, targets, cost_model, config)
-        return _in_turn(micro_batches, costs, cost_model, static(config))
+        return _in_turn(Work(micro_batches=tuple(micro_batches), costs=costs), cost_model, static(config))
 
     def row_lengths(self, cost_model: CostModel, decoder_extra_tokens: int = 0) -> tuple[int, int]:
         """(encoder, decoder) tokens of a row."""
@@ -126,11 +127,8 @@ class FixedSize:
         order = order_samples(padded.encoder_len, padded.decoder_len, replace(config, order="sort")).tolist()
         size = self.micro_batch_size
         groups = [tuple(order[i : i + size]) for i in range(0, len(order), size)]
-        groups = list(with_enough_groups(groups, cost_model.parallelism.data))
-        micro_batches = [_padded_micro_batch(group, padded) for group in groups]
-        shapes = np.array([m.shape for m in micro_batches], dtype=np.int64)
-        costs = {kind: cost_model.micro_batch_costs(shapes, kind) for kind in config.recompute}
-        return _in_turn(micro_batches, costs, cost_model, static(config))
+        (work,) = price_padded([groups], padded, cost_model, config)
+        return _in_turn(work, cost_model, static(config))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +155,8 @@ class TokenBased:
     def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
         padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
         groups = self.groups(padded, order_samples(padded.encoder_len, padded.decoder_len, config))
-        replicas = schedule_groups(groups, padded, cost_model, config)
+        (work,) = price_padded([groups], padded, cost_model, config)
+        replicas = schedule_work(work, cost_model, config)
         if replicas is None:
             raise no_schedule_error(cost_model, config)
         return replicas
@@ -220,25 +219,11 @@ def _first_fit(
     return tuple(tuple(row) for row in rows)
 
 
-def _padded_micro_batch(group: Sequence[int], padded: PaddedLengths) -> MicroBatch:
-    members = list(group)
-    return MicroBatch(
-        rows=tuple((sample,) for sample in members),
-        encoder_len=int(padded.encoder_len[members].max()),
-        decoder_len=int(padded.decoder_len[members].max()),
-    )
-
-
-def _in_turn(
-    micro_batches: Sequence[MicroBatch],
-    costs: dict[Recompute, MicroBatchCosts],
-    cost_model: CostModel,
-    config: PlannerConfig,
-) -> list[Scheduled]:
+def _in_turn(work: Work, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
     """Deal micro-batches to the replicas in turn and schedule them."""
     data = cost_model.parallelism.data
-    parts = [list(range(first, len(micro_batches), data)) for first in range(data)]
-    replicas = schedule_parts(micro_batches, costs, parts, cost_model, config)
+    parts = [list(range(first, len(work.micro_batches), data)) for first in range(data)]
+    replicas = schedule_parts(work, parts, cost_model, config)
     if replicas is None:
         raise no_schedule_error(cost_model, config)
     return replicas

@@ -1,4 +1,4 @@
-"""Communication planning: from pass orders to instruction lists that cannot deadlock (paper section 6).
+"""Communication planning: from pass orders to instruction lists that cannot deadlock.
 
 All transfers of a replica are put into one global order, that of their planned start. Each end lists its start at that
 place between its passes, so any two devices list their common transfers in the same order, and a wait only ever

@@ -1,4 +1,4 @@
-"""Cost model: what a micro-batch takes on each pipeline stage, in time, memory and transfers (paper section 3).
+"""Cost model: what a micro-batch takes on each pipeline stage, in time, memory and transfers.
 
 One ``CostModel`` stands for one way of spreading one model over one cluster. Planner, baselines and simulator all ask
 it; it is the only thing about costs that they share.
@@ -75,7 +75,8 @@ class MicroBatchCosts:
     @property
     def feasible(self) -> NDArray[np.bool_]:
         """Shape (M,): whether the profile covers the micro-batch on every stage."""
-        covered: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(self.forward_ms), axis=1)
+        columns = (self.forward_ms, self.backward_ms, self.stored_mb, self.forward_peak_mb)
+        covered: NDArray[np.bool_] = np.logical_and.reduce([np.isfinite(column).all(axis=1) for column in columns])
         return covered
 
 
@@ -253,12 +254,12 @@ class CostModel:
         tables = self.layer_tables(recompute)
         count, encoder_len, decoder_len = shapes.T.astype(np.float64)
         if tables.encoder is not None:
-            encoder = tables.encoder.query(np.stack([encoder_len, count], axis=1))
-            decoder = tables.decoder.query(np.stack([encoder_len, decoder_len, count], axis=1))
+            encoder = _query(tables.encoder, np.stack([encoder_len, count], axis=1))
+            decoder = _query(tables.decoder, np.stack([encoder_len, decoder_len, count], axis=1))
         else:
             encoder = {}
-            decoder = tables.decoder.query(np.stack([decoder_len, count], axis=1))
-        head = tables.head.query(np.stack([decoder_len, count], axis=1))
+            decoder = _query(tables.decoder, np.stack([decoder_len, count], axis=1))
+        head = _query(tables.head, np.stack([decoder_len, count], axis=1))
         return self._stage_costs(encoder, decoder, head, count * encoder_len, count * decoder_len)
 
     def varlen_costs(
@@ -305,15 +306,15 @@ class CostModel:
                 forward += number * layer["fw_ms"]
                 backward += number * layer["bw_ms"]
                 # The last of equal layers peaks highest: it runs on top of all the others' stored activations.
-                np.maximum(peak, stored + (number - 1) * layer["stored_mb"] + layer["peak_mb"], out=peak)
+                below = stored + _times(number - 1, layer["stored_mb"])
+                np.maximum(peak, below + layer["peak_mb"], out=peak)
                 stored += number * layer["stored_mb"]
-                if self.count_backward_extra:
-                    extra = costs["backward_extra_mb"][:, v]
-                    covered = np.isfinite(layer["peak_mb"]) & np.isfinite(layer["stored_mb"])
-                    transient = np.subtract(
-                        layer["peak_mb"], layer["stored_mb"], out=np.zeros_like(extra), where=covered
-                    )
-                    np.maximum(extra, transient, out=extra)
+        if self.count_backward_extra:
+            # Going back, a layer runs when all later layers are freed: the forward pass's peaks come again.
+            peak, stored = costs["forward_peak_mb"], costs["stored_mb"]
+            covered = np.isfinite(peak) & np.isfinite(stored)
+            np.subtract(peak, stored, out=costs["backward_extra_mb"], where=covered)
+            np.maximum(costs["backward_extra_mb"], 0.0, out=costs["backward_extra_mb"])
         for v in range(num_stages - 1):
             link = self.link(v)
             if link is None:
@@ -331,6 +332,16 @@ class CostModel:
             return decoder_tokens
         has_decoder = any(self.stages[v].num_decoder > 0 for v in range(stage + 1))
         return encoder_tokens + decoder_tokens if has_decoder else encoder_tokens
+
+
+def _times(number: int, values: FloatArray) -> FloatArray:
+    # 0 * infinity is not a number.
+    return number * values if number > 0 else np.zeros_like(values)
+
+
+def _query(table: GridTable, points: FloatArray) -> dict[str, FloatArray]:
+    # Extrapolation below a table's smallest length can pass 0, which no cost does.
+    return {name: np.maximum(values, 0.0) for name, values in table.query(points).items()}
 
 
 def _varlen_layer(layer: VarlenLayer, sums: PackSums) -> dict[str, FloatArray]:

@@ -1,7 +1,8 @@
-"""Micro-batch construction: the dynamic program over ordered samples (paper section 4)."""
+"""Micro-batch construction: the dynamic program over ordered samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 from llmsys import _C
 from llmsys.core.errors import InfeasibleError
 from llmsys.dynapipe.config import PlannerConfig, Recompute
-from llmsys.dynapipe.costs import CostModel
+from llmsys.dynapipe.costs import CostModel, MicroBatchCosts
 from llmsys.dynapipe.profile import PackSums
 from llmsys.dynapipe.workload import Samples
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 # Kernels are busy long before a micro-batch has so many tokens; the bound keeps the number of runs in check.
 _MAX_VARLEN_TOKENS = 16_384
@@ -68,6 +70,24 @@ def partition(
     ``stored_fraction``: the part of the free memory that one micro-batch's stored activations may take. With
     1 / pipeline any schedule that holds as many micro-batches as there are devices fits.
     """
+    made = partitions(padded, order, cost_model, config, recompute, stored_fraction, ())
+    return made[0] if made else None
+
+
+def partitions(
+    padded: PaddedLengths,
+    order: IntArray,
+    cost_model: CostModel,
+    config: PlannerConfig,
+    recompute: Recompute,
+    stored_fraction: float,
+    extra_factors: Sequence[float],
+) -> list[Partition]:
+    """``partition``'s best cut, then the best when the longest micro-batch counts more by each of ``extra_factors``.
+
+    The objective takes replicas to be balanced perfectly. With few micro-batches a replica they cannot be, and cuts
+    with shorter ones balance better. Empty when memory allows none.
+    """
     parallelism = cost_model.parallelism
     encoder, decoder, head = cost_model.native_tables(recompute)
     limits = config.device_limits_mb(parallelism.pipeline)
@@ -81,38 +101,45 @@ def partition(
         (parallelism.pipeline - 1) / parallelism.num_chunks,
         float(parallelism.data),
         int(cost_model.layer_tables(recompute).decoder.axes[-1][-1]),
+        list(extra_factors),
     )
-    return _to_partition(result, order, recompute, stored_fraction)
+    return _to_partitions(result, order, recompute, stored_fraction)
 
 
-def _to_partition(
-    result: _C.PartitionResult, order: IntArray, recompute: Recompute, stored_fraction: float
-) -> Partition | None:
-    if not result["feasible"]:
-        return None
-    ends = result["ends"].tolist()
-    begins = [0, *ends[:-1]]
+def _to_partitions(
+    results: _C.PartitionResults, order: IntArray, recompute: Recompute, stored_fraction: float
+) -> list[Partition]:
+    made = []
     in_order = order.tolist()
-    return Partition(
-        groups=tuple(tuple(in_order[begin:end]) for begin, end in zip(begins, ends, strict=True)),
-        times_ms=tuple(result["times_ms"].tolist()),
-        objective_ms=result["objective_ms"],
-        recompute=recompute,
-        stored_fraction=stored_fraction,
-    )
+    found: list[_C.PartitionResult] = [results, *results["others"]]
+    for result in found:
+        if not result["feasible"]:
+            continue
+        ends = result["ends"].tolist()
+        made.append(
+            Partition(
+                groups=tuple(tuple(in_order[begin:end]) for begin, end in zip([0, *ends[:-1]], ends, strict=True)),
+                times_ms=tuple(result["times_ms"].tolist()),
+                objective_ms=result["objective_ms"],
+                recompute=recompute,
+                stored_fraction=stored_fraction,
+            )
+        )
+    return made
 
 
-def partition_varlen(
+def varlen_partitions(
     samples: Samples,
     order: IntArray,
     cost_model: CostModel,
     config: PlannerConfig,
     recompute: Recompute,
-    stored_fraction: float,
-) -> Partition | None:
-    """The same program where micro-batches concatenate their samples (variable-length attention, no padding).
+    stored_fractions: Sequence[float],
+    extra_factors: Sequence[float],
+) -> list[Partition]:
+    """``partitions`` where micro-batches concatenate their samples (variable-length attention, no padding).
 
-    Beyond the paper: a run's cost then follows from sums over its samples.
+    Beyond the paper: a run's cost then follows from sums over its samples. For each of ``stored_fractions`` in turn.
     """
     parallelism = cost_model.parallelism
     extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
@@ -124,23 +151,32 @@ def partition_varlen(
         PackSums.of_runs(decoder_len, encoder_len, begins, ends),
         recompute,
     )
-    times = np.zeros(len(begins))
-    fits = np.ones(len(begins), dtype=np.bool_)
-    for device in range(parallelism.pipeline):
+    offset = np.searchsorted(begins, np.arange(len(order) + 1)).astype(np.int64)
+    made: list[Partition] = []
+    for fraction in stored_fractions:
+        result = _C.partition_runs(
+            offset,
+            _run_times(costs, cost_model, limits, fraction),
+            (parallelism.pipeline - 1) / parallelism.num_chunks,
+            float(parallelism.data),
+            list(extra_factors),
+        )
+        made += _to_partitions(result, order, recompute, fraction)
+    return made
+
+
+def _run_times(costs: MicroBatchCosts, cost_model: CostModel, limits: FloatArray, stored_fraction: float) -> FloatArray:
+    """Time of each run on its slowest device, infinite where some device has no room for it."""
+    times = np.zeros(len(costs.forward_ms))
+    fits = np.ones(len(times), dtype=np.bool_)
+    for device in range(cost_model.parallelism.pipeline):
         stages = cost_model.device_stages(device)
         stored = costs.stored_mb[:, stages].sum(axis=1)
         # While one chunk runs, the others' activations are stored already.
         peak = (stored[:, None] - costs.stored_mb[:, stages] + costs.forward_peak_mb[:, stages]).max(axis=1)
         fits &= (stored <= limits[device] * stored_fraction) & (peak <= limits[device])
         times = np.maximum(times, (costs.forward_ms + costs.backward_ms)[:, stages].sum(axis=1))
-    offset = np.searchsorted(begins, np.arange(len(order) + 1)).astype(np.int64)
-    result = _C.partition_runs(
-        offset,
-        np.where(fits, times, np.inf),
-        (parallelism.pipeline - 1) / parallelism.num_chunks,
-        float(parallelism.data),
-    )
-    return _to_partition(result, order, recompute, stored_fraction)
+    return np.where(fits, times, np.inf)
 
 
 def _runs_within(tokens: IntArray, max_tokens: int) -> tuple[IntArray, IntArray]:
@@ -168,13 +204,11 @@ def fits_share(
 
 def group_shapes(groups: tuple[tuple[int, ...], ...], padded: PaddedLengths) -> IntArray:
     """Rows (samples, encoder length, decoder length) of each group, shape (groups, 3)."""
-    return np.array(
-        [
-            [len(group), padded.encoder_len[list(group)].max(), padded.decoder_len[list(group)].max()]
-            for group in groups
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 3)
+    sizes = np.array([len(group) for group in groups], dtype=np.int64)
+    members = np.array([sample for group in groups for sample in group], dtype=np.int64)
+    begins = np.cumsum(sizes) - sizes
+    longest = (np.maximum.reduceat(lengths[members], begins) for lengths in (padded.encoder_len, padded.decoder_len))
+    return np.stack([sizes, *longest], axis=1)
 
 
 def explain_infeasible(

@@ -1,4 +1,4 @@
-"""Sample ordering: micro-batches are runs of neighbours, so neighbours should be alike (paper section 4)."""
+"""Sample ordering: micro-batches are runs of neighbours, so neighbours should be alike."""
 
 from __future__ import annotations
 

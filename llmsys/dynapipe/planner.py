@@ -1,4 +1,4 @@
-"""The planner: from the lengths of a global batch to a plan for every device (paper sections 3 to 6).
+"""The planner: from the lengths of a global batch to a plan for every device.
 
 Samples are ordered, cut into micro-batches, balanced over replicas, scheduled, and given a communication plan. Every
 choice is made by the best objective: partitions are ranked by their objective, the best few are scheduled, and the
@@ -25,8 +25,8 @@ from llmsys.dynapipe.microbatch import (
     explain_infeasible,
     fits_share,
     group_shapes,
-    partition,
-    partition_varlen,
+    partitions,
+    varlen_partitions,
 )
 from llmsys.dynapipe.ordering import order_samples
 from llmsys.dynapipe.plan import Estimate, MicroBatch, Plan, ReplicaPlan, check_plan
@@ -37,6 +37,17 @@ from llmsys.dynapipe.workload import Samples
 # already ranks well, and scheduling is most of the planning time.
 _NUM_QUICK = 4
 _NUM_THOROUGH = 2
+# How much more the longest micro-batch counts in the cuts tried beside the plain objective's, when there are replicas
+# to balance; 1 stands for the worst that greedy balancing can do.
+_BALANCE_WEIGHTS = (0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Work:
+    """Micro-batches and their costs under every recompute kind that may be chosen, one row for each micro-batch."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    costs: Mapping[Recompute, MicroBatchCosts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,11 +89,12 @@ class DynaPipe:
 
     def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
         padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
-        candidates = self._partitions(samples, padded, cost_model, config)
+        candidates = [c.groups for c in self._partitions(samples, padded, cost_model, config)]
+        work = self._price(candidates, samples, padded, cost_model, config)
         # The given order tells partitions and recompute kinds apart well enough; rarely, only another order fits.
         quick: list[list[Scheduled]] = []
         for setting in (replace(config, reorder="none"), config):
-            tried = (self._schedule_groups(c.groups, samples, padded, cost_model, setting) for c in candidates)
+            tried = (schedule_work(entry, cost_model, setting) for entry in work)
             quick = quick or [replicas for replicas in tried if replicas is not None]
         if not quick:
             raise no_schedule_error(cost_model, config)
@@ -96,47 +108,75 @@ class DynaPipe:
         self, samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
     ) -> list[Partition]:
         """Partitions over all recompute kinds and memory shares; distinct, best objective first."""
-        share = 1.0 / cost_model.parallelism.pipeline
+        parallelism = cost_model.parallelism
         order = order_samples(padded.encoder_len, padded.decoder_len, config)
+        uneven = (parallelism.data - 1) / parallelism.data  # of the longest micro-batch, the most that cannot be shared
+        extra = tuple(weight * uneven for weight in _BALANCE_WEIGHTS) if uneven else ()
         found: dict[tuple[tuple[int, ...], ...], Partition] = {}
         for recompute in config.recompute:
-            # One share a device lets 1F1B keep as many micro-batches in flight as it wants; the whole memory allows
-            # larger micro-batches and leaves it to the schedule how many it can hold.
-            if self.attention == "varlen":
-                made = [partition_varlen(samples, order, cost_model, config, recompute, part) for part in (1.0, share)]
-            else:
-                made = [partition(padded, order, cost_model, config, recompute, 1.0)]
-                if made[0] is not None and not fits_share(made[0], padded, cost_model, config, share):
-                    made.append(partition(padded, order, cost_model, config, recompute, share))
-            for candidate in made:
-                known = candidate and found.get(candidate.groups)
-                if candidate and (not known or candidate.objective_ms < known.objective_ms):
+            for candidate in self._cut(samples, padded, order, cost_model, config, recompute, extra):
+                known = found.get(candidate.groups)
+                if known is None or candidate.objective_ms < known.objective_ms:
                     found[candidate.groups] = candidate
         if not found:
             raise explain_infeasible(samples, padded, cost_model, config)
-        return sorted(found.values(), key=lambda p: p.objective_ms)[:_NUM_QUICK]
+        return sorted(found.values(), key=lambda p: _balanced_ms(p, cost_model))[:_NUM_QUICK]
 
-    def _schedule_groups(
+    def _cut(
         self,
-        groups: Sequence[tuple[int, ...]],
+        samples: Samples,
+        padded: PaddedLengths,
+        order: NDArray[np.int64],
+        cost_model: CostModel,
+        config: PlannerConfig,
+        recompute: Recompute,
+        extra: Sequence[float],
+    ) -> list[Partition]:
+        """Cuts for two shares of the memory.
+
+        With one share a device 1F1B can keep as many micro-batches in flight as it wants; the whole memory allows
+        larger micro-batches and leaves it to the schedule how many it can hold.
+        """
+        share = 1.0 / cost_model.parallelism.pipeline
+        if self.attention == "varlen":
+            return varlen_partitions(samples, order, cost_model, config, recompute, (1.0, share), extra)
+        made = partitions(padded, order, cost_model, config, recompute, 1.0, extra)
+        if all(fits_share(candidate, padded, cost_model, config, share) for candidate in made):
+            return made  # nothing is better with less
+        return made + partitions(padded, order, cost_model, config, recompute, share, extra)
+
+    def _price(
+        self,
+        partitions: Sequence[Sequence[tuple[int, ...]]],
         samples: Samples,
         padded: PaddedLengths,
         cost_model: CostModel,
         config: PlannerConfig,
-    ) -> list[Scheduled] | None:
+    ) -> list[Work]:
+        """The micro-batches of each partition and their costs."""
         if self.attention == "padded":
-            return schedule_groups(groups, padded, cost_model, config)
-        groups = with_enough_groups(groups, cost_model.parallelism.data)
+            return price_padded(partitions, padded, cost_model, config)
         extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
-        encoder_len = [samples.encoder_len[list(group)] for group in groups]
-        decoder_len = [samples.decoder_len[list(group)] + extra for group in groups]
-        micro_batches = [
-            MicroBatch(rows=(group,), encoder_len=int(encoder.sum()), decoder_len=int(decoder.sum()))
-            for group, encoder, decoder in zip(groups, encoder_len, decoder_len, strict=True)
-        ]
-        costs = {kind: cost_model.varlen_costs(encoder_len, decoder_len, kind) for kind in config.recompute}
-        parts = balance(costs, cost_model.parallelism.data)
-        return schedule_parts(micro_batches, costs, parts, cost_model, config)
+        result = []
+        for groups in partitions:
+            groups = with_enough_groups(groups, cost_model.parallelism.data)
+            encoder_len = [samples.encoder_len[list(group)] for group in groups]
+            decoder_len = [samples.decoder_len[list(group)] + extra for group in groups]
+            micro_batches = tuple(
+                MicroBatch(rows=(group,), encoder_len=int(encoder.sum()), decoder_len=int(decoder.sum()))
+                for group, encoder, decoder in zip(groups, encoder_len, decoder_len, strict=True)
+            )
+            costs = {kind: cost_model.varlen_costs(encoder_len, decoder_len, kind) for kind in config.recompute}
+            result.append(Work(micro_batches=micro_batches, costs=costs))
+        return result
+
+
+def _balanced_ms(made: Partition, cost_model: CostModel) -> float:
+    """The objective with the sum of the fullest replica instead of the mean: what to rank partitions by."""
+    parallelism = cost_model.parallelism
+    parts = karmarkar_karp(made.times_ms, parallelism.data)
+    fullest = max(sum(made.times_ms[i] for i in part) for part in parts)
+    return (parallelism.pipeline - 1) / parallelism.num_chunks * max(made.times_ms) + fullest
 
 
 def plan_iteration(samples: Samples, cost_model: CostModel, config: PlannerConfig) -> Plan:
@@ -191,19 +231,34 @@ def with_enough_groups(groups: Sequence[tuple[int, ...]], num_replicas: int) -> 
     return tuple(result)
 
 
-def schedule_groups(
-    groups: Sequence[tuple[int, ...]], padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
-) -> list[Scheduled] | None:
-    """Pad groups of samples to micro-batches, balance them over the replicas, and schedule each without moves."""
-    groups = with_enough_groups(groups, cost_model.parallelism.data)
-    shapes = group_shapes(tuple(groups), padded)
-    micro_batches = [
-        MicroBatch(rows=tuple((sample,) for sample in group), encoder_len=encoder_len, decoder_len=decoder_len)
-        for group, (_, encoder_len, decoder_len) in zip(groups, shapes.tolist(), strict=True)
-    ]
-    costs = {recompute: cost_model.micro_batch_costs(shapes, recompute) for recompute in config.recompute}
-    parts = balance(costs, cost_model.parallelism.data)
-    return schedule_parts(micro_batches, costs, parts, cost_model, config)
+def price_padded(
+    partitions: Sequence[Sequence[tuple[int, ...]]],
+    padded: PaddedLengths,
+    cost_model: CostModel,
+    config: PlannerConfig,
+) -> list[Work]:
+    """Pad the groups of several partitions to micro-batches, and price them all in one go."""
+    chosen = [with_enough_groups(groups, cost_model.parallelism.data) for groups in partitions]
+    shapes = np.concatenate([group_shapes(groups, padded) for groups in chosen])
+    costs = {kind: cost_model.micro_batch_costs(shapes, kind) for kind in config.recompute}
+    result = []
+    begin = 0
+    for groups in chosen:
+        part = np.arange(begin, begin + len(groups))
+        begin += len(groups)
+        micro_batches = tuple(
+            MicroBatch(rows=tuple((sample,) for sample in group), encoder_len=encoder_len, decoder_len=decoder_len)
+            for group, (_, encoder_len, decoder_len) in zip(groups, shapes[part].tolist(), strict=True)
+        )
+        result.append(
+            Work(micro_batches=micro_batches, costs={kind: priced.select(part) for kind, priced in costs.items()})
+        )
+    return result
+
+
+def schedule_work(work: Work, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled] | None:
+    """Balance micro-batches over the replicas and schedule each; None when some replica has no feasible schedule."""
+    return schedule_parts(work, balance(work.costs, cost_model.parallelism.data), cost_model, config)
 
 
 def balance(costs: Mapping[Recompute, MicroBatchCosts], num_replicas: int) -> list[list[int]]:
@@ -218,8 +273,7 @@ def balance(costs: Mapping[Recompute, MicroBatchCosts], num_replicas: int) -> li
 
 
 def schedule_parts(
-    micro_batches: Sequence[MicroBatch],
-    costs: Mapping[Recompute, MicroBatchCosts],
+    work: Work,
     parts: Sequence[Sequence[int]],
     cost_model: CostModel,
     config: PlannerConfig,
@@ -227,8 +281,8 @@ def schedule_parts(
     """Schedule each replica's part; None when some replica has no feasible schedule."""
     replicas = []
     for part in parts:
-        choices = {recompute: chosen.select(part) for recompute, chosen in costs.items()}
-        best = schedule_replica(tuple(micro_batches[i] for i in part), choices, cost_model, config)
+        choices = {recompute: chosen.select(part) for recompute, chosen in work.costs.items()}
+        best = schedule_replica(tuple(work.micro_batches[i] for i in part), choices, cost_model, config)
         if best is None:
             return None
         replicas.append(best)

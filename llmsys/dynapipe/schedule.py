@@ -1,4 +1,4 @@
-"""Pipeline scheduling of one replica: which schedule, and in which order its micro-batches run (paper section 5)."""
+"""Pipeline scheduling of one replica: which schedule, and in which order its micro-batches run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulator: runs a plan's instruction lists on lanes with modelled durations (paper section 8's simulated runs).
+"""The simulator: runs a plan's instruction lists on lanes with modelled durations.
 
 It reads only the plan and the cost model, not what the planner expected, and shares no code with the planner's own
 estimate; tests hold the two equal.

@@ -1,9 +1,10 @@
-"""Small made-up profiles, models and workloads, so that these tests need no data files."""
+"""Small made-up profiles, models, workloads and plans, so that these tests need no data files."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, get_args
 
 import numpy as np
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 
 from llmsys.core.costs import GridTable, Hole
 from llmsys.core.specs import DEVICES, Architecture, ClusterSpec, LinkSpec, ModelSpec
-from llmsys.dynapipe.config import Parallelism, Recompute
+from llmsys.dynapipe.config import Parallelism, PlannerConfig, Recompute
 from llmsys.dynapipe.costs import CostModel
+from llmsys.dynapipe.plan import Plan
+from llmsys.dynapipe.planner import plan_iteration
 from llmsys.dynapipe.profile import LayerProfile, LayerTables
 from llmsys.dynapipe.workload import Samples
 
@@ -26,7 +29,7 @@ RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 MEMORY = ("stored_mb", "peak_mb")
 LENGTHS = (16, 32, 64, 128, 256, 512)
 SIZES = (1, 2, 4, 8, 16, 32)
-PARAMS_MB = {"embedding": 60.0, "encoder": 100.0, "decoder": 120.0}
+PARAMS_MB = {"embedding": 30.0, "encoder": 20.0, "decoder": 25.0}
 # Recomputing trades stored activations for time.
 _TIME_FACTOR: dict[Recompute, float] = {"none": 1.0, "selective": 1.1, "full": 1.35}
 _STORED_FACTOR: dict[Recompute, float] = {"none": 1.0, "selective": 0.6, "full": 0.1}
@@ -170,6 +173,14 @@ def toy_samples(rng: Rng, architecture: Architecture, num_samples: int, max_len:
     inputs = np.clip(rng.lognormal(3.5, 1.0, num_samples).astype(np.int64), 2, max_len)
     targets = np.clip(rng.lognormal(2.0, 1.0, num_samples).astype(np.int64), 1, max_len // 2)
     return Samples.of(architecture, inputs, targets)
+
+
+@cache
+def toy_plan(architecture: Architecture, num_samples: int = 40, **parallelism: int) -> Plan:
+    """A plan of ``num_samples`` samples; by default for two replicas of three devices."""
+    model = toy_cost_model(architecture, **(parallelism or {"data": 2, "pipeline": 3}))
+    samples = toy_samples(np.random.default_rng(num_samples), architecture, num_samples)
+    return plan_iteration(samples, model, PlannerConfig(memory_limit_mb=6000.0, max_moves=20))
 
 
 def random_costs(rng: Rng, num_micro_batches: int, num_stages: int, *, send: float = 1.0) -> list[FloatArray]:

@@ -36,8 +36,11 @@ from tests.dynapipe.test_schedule import random_orders
 pytestmark = pytest.mark.native
 
 
-def plan_of(columns: list[FloatArray], orders: Orders, input_stages: frozenset[int] = frozenset({0})) -> Plan:
-    """A plan of one replica that runs ``orders``; micro-batch m holds sample m."""
+def plan_of(columns: list[FloatArray], orders: Orders, first_decoder: int = 0) -> Plan:
+    """A plan of one replica that runs ``orders``; micro-batch m holds sample m.
+
+    Stages below ``first_decoder`` have encoder layers; that stage and the first load token ids.
+    """
     costs = MicroBatchCosts(**dict(zip(MicroBatchCosts.__dataclass_fields__, columns, strict=True)))
     arrays = [np.array(order, dtype=np.int32).reshape(-1, 3) for order in orders]
     run = _C.replay(costs.columns(), len(orders), arrays)
@@ -49,13 +52,18 @@ def plan_of(columns: list[FloatArray], orders: Orders, input_stages: frozenset[i
         recompute="none",
         schedule="1f1b",
         estimate=Estimate(makespan_ms=run["makespan_ms"], peak_mb=tuple(run["peak_mb"].tolist())),
-        instructions=plan_instructions(arrays, times, costs, input_stages),
+        instructions=plan_instructions(arrays, times, costs, frozenset({0, first_decoder})),
     )
     return Plan(
         planner="test",
         num_samples=num_micro_batches,
         parallelism=Parallelism(pipeline=len(orders), num_chunks=num_stages // len(orders)),
-        stages=tuple(StageLayers(num_encoder=0, num_decoder=1, head=v == num_stages - 1) for v in range(num_stages)),
+        stages=tuple(
+            StageLayers(
+                num_encoder=int(v < first_decoder), num_decoder=int(v >= first_decoder), head=v == num_stages - 1
+            )
+            for v in range(num_stages)
+        ),
         memory_limit_mb=(1e9,) * len(orders),
         replicas=(replica,),
     )
@@ -65,7 +73,11 @@ def plan_of(columns: list[FloatArray], orders: Orders, input_stages: frozenset[i
 def random_plan(request: pytest.FixtureRequest) -> tuple[Plan, list[FloatArray], Orders]:
     """Random pass orders, not of any schedule, with cheap, equal or dear transfers."""
     rng = np.random.default_rng(request.param)
-    num_devices, num_chunks, num_micro_batches = int(rng.integers(1, 5)), int(rng.integers(1, 4)), int(rng.integers(1, 9))
+    num_devices, num_chunks, num_micro_batches = (
+        int(rng.integers(1, 5)),
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 9)),
+    )
     num_stages = num_devices * num_chunks
     columns = random_costs(rng, num_micro_batches, num_stages, send=float(rng.choice([0.01, 1.0, 4.0])))
     if request.param % 3 == 0:  # whole numbers: much happens at the same time
@@ -75,7 +87,7 @@ def random_plan(request: pytest.FixtureRequest) -> tuple[Plan, list[FloatArray],
     if request.param % 4 == 0:  # and passes too
         columns = [*(c * (rng.random(c.shape) < 0.5) for c in columns[:2]), *columns[2:]]
     orders = random_orders(rng, num_micro_batches, num_stages, num_devices)
-    return plan_of(columns, orders, frozenset({0, num_stages // 2})), columns, orders
+    return plan_of(columns, orders, num_stages // 2), columns, orders
 
 
 RandomPlan = tuple[Plan, list[FloatArray], Orders]

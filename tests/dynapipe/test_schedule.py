@@ -102,7 +102,11 @@ def check_dependencies(costs: Sequence[FloatArray], orders: Orders) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_replay_equals_the_event_queue(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_devices, num_chunks, num_micro_batches = int(rng.integers(1, 5)), int(rng.integers(1, 4)), int(rng.integers(1, 9))
+    num_devices, num_chunks, num_micro_batches = (
+        int(rng.integers(1, 5)),
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 9)),
+    )
     costs = random_costs(rng, num_micro_batches, num_devices * num_chunks, send=float(rng.choice([0.01, 1.0, 4.0])))
     orders = random_orders(rng, num_micro_batches, num_devices * num_chunks, num_devices)
     got, expected = native_replay(costs, orders), oracles.replay(costs, num_devices, orders)
@@ -194,7 +198,11 @@ def test_interleaving_divides_the_bubble() -> None:
 @pytest.mark.parametrize("seed", range(80))
 def test_adaptive_order_follows_the_cyclic_rule(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_devices, num_chunks, num_micro_batches = int(rng.integers(1, 5)), int(rng.integers(1, 4)), int(rng.integers(1, 13))
+    num_devices, num_chunks, num_micro_batches = (
+        int(rng.integers(1, 5)),
+        int(rng.integers(1, 4)),
+        int(rng.integers(1, 13)),
+    )
     num_stages = num_devices * num_chunks
     costs = random_costs(rng, num_micro_batches, num_stages)
     permutation = rng.permutation(num_micro_batches).tolist()
@@ -234,7 +242,11 @@ def test_adaptive_order_stops_when_nothing_fits() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_search_is_never_worse_than_its_starts_and_repeats(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    num_devices, num_chunks, num_micro_batches = int(rng.integers(1, 5)), int(rng.integers(1, 3)), int(rng.integers(1, 10))
+    num_devices, num_chunks, num_micro_batches = (
+        int(rng.integers(1, 5)),
+        int(rng.integers(1, 3)),
+        int(rng.integers(1, 10)),
+    )
     costs = random_costs(rng, num_micro_batches, num_devices * num_chunks)
     starts = [rng.permutation(num_micro_batches).tolist() for _ in range(4)]
     one_mb = costs[2].sum(axis=1).max()

@@ -98,7 +98,9 @@ def test_limits_cut_off_what_does_not_fit() -> None:
 
 def test_an_axis_of_one_value_is_constant() -> None:
     rng = np.random.default_rng(0)
-    table = random_profile(rng, "decoder_only", lengths=(16,), sizes=(2,), hole_rate=0.0).layer_tables(1, "none").decoder
+    table = (
+        random_profile(rng, "decoder_only", lengths=(16,), sizes=(2,), hole_rate=0.0).layer_tables(1, "none").decoder
+    )
     one = native(table, "fw_ms")
     lengths, counts = np.array([1, 16, 17, 16]), np.array([1, 2, 1, 3])
     got = _C.micro_batch_times(None, one, one, device(decoder=1), lengths, lengths, counts)

@@ -79,6 +79,26 @@ def test_many_equal_points_end() -> None:
     assert sorted(path.tolist()) == list(range(120))
 
 
+def spread_points() -> tuple[IntArray, IntArray]:
+    """165 points of whole-number arithmetic, dense near the origin as lengths are."""
+    i = np.arange(1, 400)
+    a, b = i * 48271 % 2147483647 % 1009, i * i * 69621 % 2147483647 % 997
+    points = np.unique(np.stack([8 + a**3 // (1009**3 // 2000), 8 + b**2 // (997**2 // 300)], axis=1), axis=0)
+    chosen = points[:: len(points) // 165][:165]
+    return np.ascontiguousarray(chosen[:, 0]), np.ascontiguousarray(chosen[:, 1])
+
+
+@pytest.mark.native
+def test_path_is_as_short_as_lkh_found() -> None:
+    x, y = spread_points()
+    assert len(x) == 165
+    by_lkh = 6294  # LKH 3 through elkai, best of 30 runs
+    paths = [lengths(x, y, _C.open_path(x, y, KICKS, seed)) for seed in range(5)]
+    assert by_lkh <= min(paths) and max(paths) <= 1.03 * by_lkh
+    assert np.mean(paths) <= 1.02 * by_lkh
+    assert lengths(x, y, _C.open_path(x, y, 0, 0)) <= 1.06 * by_lkh
+
+
 @pytest.mark.native
 def test_path_is_as_short_as_lkhs() -> None:
     elkai = pytest.importorskip("elkai", reason="LKH (pip install elkai) is not installed: nothing to compare with")

@@ -5,6 +5,7 @@ Peers follow from the stages, so they are left out; a plan of 4 stages and 40 mi
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import msgpack
@@ -16,11 +17,12 @@ from llmsys.dynapipe.plan.instructions import KINDS, BackwardPass, ForwardPass, 
 from llmsys.dynapipe.plan.model import Estimate, MicroBatch, Plan, ReplicaPlan
 
 VERSION = 1
+_CHECKSUM_BYTES = 4
 _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 
 
 def to_bytes(plan: Plan) -> bytes:
-    """All of a plan, compact. ``from_bytes(to_bytes(plan)) == plan``."""
+    """All of a plan, compact, then a checksum (CRC-32). ``from_bytes(to_bytes(plan)) == plan``."""
     p = plan.parallelism
     packed: bytes = msgpack.packb(
         [
@@ -34,13 +36,16 @@ def to_bytes(plan: Plan) -> bytes:
             [_pack_replica(replica, p.pipeline) for replica in plan.replicas],
         ]
     )
-    return packed
+    return packed + zlib.crc32(packed).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def from_bytes(data: bytes) -> Plan:
     """The plan that ``to_bytes`` wrote; PlanError for other bytes, another version, or a plan that cannot run."""
+    packed, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if zlib.crc32(packed).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
+        raise _no_plan(data, "the checksum does not match")
     try:
-        version, planner, num_samples, sizes, stages, limits, (attention, extra), replicas = msgpack.unpackb(data)
+        version, planner, num_samples, sizes, stages, limits, (attention, extra), replicas = msgpack.unpackb(packed)
         if version != VERSION:
             raise ValueError(f"version {version}")
         data_, pipeline, tensor, num_chunks, zero_stage = sizes
@@ -57,14 +62,18 @@ def from_bytes(data: bytes) -> Plan:
             replicas=tuple(_unpack_replica(replica, pipeline) for replica in replicas),
         )
     except (ValueError, TypeError, IndexError, StopIteration, msgpack.exceptions.UnpackException) as error:
-        raise PlanError(
-            "these bytes are no plan",
-            expected=f"what to_bytes of plan version {VERSION} writes, whole",
-            found=f"{len(data)} bytes: {error or type(error).__name__}",
-            fix="read the plan again from its store, or make it anew with this version",
-        ) from error
+        raise _no_plan(data, str(error) or type(error).__name__) from error
     check_plan(plan)
     return plan
+
+
+def _no_plan(data: bytes, problem: str) -> PlanError:
+    return PlanError(
+        "these bytes are no plan",
+        expected=f"what to_bytes of plan version {VERSION} writes, whole",
+        found=f"{len(data)} bytes: {problem}",
+        fix="read the plan again from its store, or make it anew with this version",
+    )
 
 
 def _pack_replica(replica: ReplicaPlan, num_devices: int) -> list[object]:

@@ -1,4 +1,4 @@
-"""The instructions of a plan: one class for each kind, as an executor interprets them (paper section 6).
+"""The instructions of a plan: one class for each kind, as an executor interprets them.
 
 A device runs its list from top to bottom. ``...Start`` posts a transfer and returns; ``...Finish`` waits for it. Every
 buffer is a slot number of the device that runs the instruction: written once, then read, then freed by FreeBuffer.

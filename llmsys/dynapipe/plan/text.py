@@ -54,6 +54,16 @@ def to_text(plan: Plan) -> str:
 def from_text(text: str) -> Plan:
     """The plan that ``to_text`` wrote; PlanError names the line that cannot be read, or the rule the plan breaks."""
     plan = _Reader(text).plan()
+    # Lost, repeated or unknown words that were read over would show here.
+    written, given = to_text(plan).splitlines(), text.splitlines()
+    for number, line in enumerate(written):
+        if number >= len(given) or given[number].rstrip() != line:
+            raise PlanError(
+                f"line {number + 1} of the plan's text is not as to_text writes it",
+                expected=repr(line[:100]),
+                found=repr(given[number][:100]) if number < len(given) else "the end of the text",
+                fix="make the plan anew, or restore the file",
+            )
     check_plan(plan)
     return plan
 

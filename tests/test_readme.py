@@ -1,0 +1,114 @@
+"""The README files are true: their Python runs, and what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import catalog
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llmsys" / "dynapipe"
+DOCUMENTS = (ROOT / "README.md", PACKAGE / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+READMES = DOCUMENTS[:2]
+
+# `file`: `symbol`, `symbol`
+_REFERENCE = re.compile(r"`([\w/]+\.(?:py|cpp))`((?:(?:: |, )`\w+`)+)")
+
+
+def _names(paths: tuple[Path, ...]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def _python(document: Path) -> str:
+    """All Python of a document, as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL))
+
+
+def _run(document: Path, folder: Path, data_root: Path | None) -> str:
+    """What the document's program prints, run in ``folder`` as a user would."""
+    program = folder / "program.py"
+    program.write_text(_python(document))
+    environment = {name: value for name, value in os.environ.items() if name != "LLMSYS_DATA_ROOT"}
+    if data_root is not None:
+        environment["LLMSYS_DATA_ROOT"] = str(data_root)
+    done = subprocess.run(
+        [sys.executable, str(program)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", READMES, ids=_names(READMES))
+def test_python_runs_on_the_shipped_tables(document: Path, tmp_path: Path) -> None:
+    printed = _run(document, tmp_path, None)
+    assert "dynapipe plan: " in printed and "micro-batches" in printed
+    if document == READMES[0]:
+        assert (tmp_path / "trace.json").stat().st_size > 0
+        assert "replica 0/device 3" in printed and "packing takes" in printed
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("document", READMES, ids=_names(READMES))
+def test_python_runs_on_the_real_files(document: Path, tmp_path: Path) -> None:
+    root = Path(os.environ.get("LLMSYS_DATA_ROOT") or ROOT.parent / "shared" / "data").absolute()
+    if not (root / "multitask_lengths.parquet").is_file():
+        pytest.skip(f"no multitask_lengths.parquet in {root}: set LLMSYS_DATA_ROOT to the directory of the real files")
+    assert "dynapipe plan: " in _run(document, tmp_path, root)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
+def test_experiments_exist(document: Path) -> None:
+    named = re.findall(
+        r"\bexperiment=([a-z][\w/*]+)|(?<![\w/])(dynapipe/(?:fig|plan|sched|var)\w*)", document.read_text()
+    )
+    for words in named:
+        assert catalog.names("".join(words)), words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
+def test_make_targets_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^    |`)make ([a-z]+)\b", document.read_text(), re.MULTILINE))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
+def test_files_exist(document: Path) -> None:
+    """Paths in backquotes; those of a README are relative to it or to the repository."""
+    named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|cpp|h|yaml|ipynb|toml|lock|pyi|md))`", document.read_text())
+    made = {"report.md"}  # by a run
+    bases = (document.parent, ROOT, ROOT / "experiments", PACKAGE)
+    missing = [name for name in named if name not in made and not any((base / name).exists() for base in bases)]
+    assert not missing
+
+
+def _defines(path: Path, symbol: str) -> bool:
+    if path.suffix == ".py":
+        body = ast.parse(path.read_text()).body
+        return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == symbol for node in body)
+    # A function begins its line with its type, a method's name follows its class.
+    pattern = rf"^\S.*\b{symbol}\(|\b{symbol}::"
+    return re.search(pattern, path.read_text(), re.MULTILINE) is not None
+
+
+def test_symbols_are_where_the_table_says() -> None:
+    references = _REFERENCE.findall((PACKAGE / "README.md").read_text())
+    assert len(references) > 20
+    for file, symbols in references:
+        path = (ROOT if file.startswith(("csrc/", "tests/")) else PACKAGE) / file
+        for symbol in re.findall(r"`(\w+)`", symbols):
+            assert _defines(path, symbol), f"{file}: {symbol}"

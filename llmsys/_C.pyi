@@ -59,12 +59,14 @@ def partition_samples(
     num_replicas: float,
     max_size: int,
     extra_factors: Sequence[float] = (),
+    extra_cutoff_ms: float = ...,
 ) -> PartitionResults:
     """Split an ordered sequence of samples into micro-batches; exact for DynaPipe's objective.
 
-    ``others`` are the best when the longest micro-batch counts more by each of ``extra_factors``.
+    ``others`` are the best when the longest micro-batch counts more by each of ``extra_factors``; none
+    when the best objective is beyond ``extra_cutoff_ms``.
 
-    ``devices`` has rows (encoder layers, decoder layers, has head, stored limit, peak limit).
+    ``devices`` has rows (encoder layers, decoder layers, has head, micro-batches in flight, available memory).
     """
 
 def partition_runs(
@@ -73,6 +75,7 @@ def partition_runs(
     pipeline_factor: float,
     num_replicas: float,
     extra_factors: Sequence[float] = (),
+    extra_cutoff_ms: float = ...,
 ) -> PartitionResults:
     """The same from given times: ``times_ms[offset[i] + k]`` is that of samples i to i + k, inf if it does not fit."""
 

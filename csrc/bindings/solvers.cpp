@@ -49,8 +49,8 @@ nb::object to_numpy(std::vector<Value> values) {
 MicroBatchCost make_cost(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
                          std::shared_ptr<CostTable> head, const Matrix& devices) {
     LLMSYS_CHECK(devices.shape(1) == 5,
-                 "each device has 5 values (encoder layers, decoder layers, head, stored "
-                 "limit, peak limit), got "
+                 "each device has 5 values (encoder layers, decoder layers, head, micro-batches in flight, available "
+                 "memory), got "
                      << devices.shape(1));
     std::vector<DeviceLoad> loads;
     for (std::size_t d = 0; d < devices.shape(0); ++d) {
@@ -72,14 +72,16 @@ nb::dict partition_to_python(Partition found) {
 }
 
 // The best partition, and under "others" those that are best when the longest micro-batch counts more by each of
-// extra_factors; every objective is stated for pipeline_factor.
+// extra_factors; every objective is stated for pipeline_factor. Others are not worth it when the best partition itself
+// is beyond extra_cutoff_ms.
 nb::dict partition_runs(const RunTimes& runs, double pipeline_factor, double num_replicas,
-                        const std::vector<double>& extra_factors) {
+                        const std::vector<double>& extra_factors, double extra_cutoff_ms) {
     std::vector<Partition> found;
     {
         nb::gil_scoped_release release;
         found.push_back(partition_samples(runs, pipeline_factor, num_replicas));
-        for (const double extra : extra_factors) {
+        const bool competitive = found[0].objective_ms <= extra_cutoff_ms;
+        for (const double extra : competitive ? extra_factors : std::vector<double>{}) {
             Partition other = partition_samples(runs, pipeline_factor + extra, num_replicas);
             other.objective_ms -= extra * other.t_max_ms;
             found.push_back(std::move(other));
@@ -96,7 +98,7 @@ nb::dict partition_runs(const RunTimes& runs, double pipeline_factor, double num
 nb::dict partition(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
                    std::shared_ptr<CostTable> head, const Matrix& devices, const Integers& encoder_len,
                    const Integers& decoder_len, double pipeline_factor, double num_replicas, std::int64_t max_size,
-                   const std::vector<double>& extra_factors) {
+                   const std::vector<double>& extra_factors, double extra_cutoff_ms) {
     MicroBatchCost cost = make_cost(std::move(encoder), std::move(decoder), std::move(head), devices);
     const auto encoders = to_vector(encoder_len), decoders = to_vector(decoder_len);
     std::optional<RunTimes> runs;
@@ -104,14 +106,14 @@ nb::dict partition(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable
         nb::gil_scoped_release release;
         runs.emplace(cost, encoders, decoders, max_size);
     }
-    return partition_runs(*runs, pipeline_factor, num_replicas, extra_factors);
+    return partition_runs(*runs, pipeline_factor, num_replicas, extra_factors, extra_cutoff_ms);
 }
 
 nb::dict partition_given(const Integers& offset, const Doubles& times_ms, double pipeline_factor, double num_replicas,
-                         const std::vector<double>& extra_factors) {
+                         const std::vector<double>& extra_factors, double extra_cutoff_ms) {
     const auto begins = to_vector(offset);
     const RunTimes runs(std::vector<std::size_t>(begins.begin(), begins.end()), to_vector(times_ms));
-    return partition_runs(runs, pipeline_factor, num_replicas, extra_factors);
+    return partition_runs(runs, pipeline_factor, num_replicas, extra_factors, extra_cutoff_ms);
 }
 
 nb::object run_times(std::shared_ptr<CostTable> encoder, std::shared_ptr<CostTable> decoder,
@@ -250,9 +252,11 @@ void bind_solvers(nb::module_& m) {
     m.def("partition_samples", &partition, nb::arg("encoder").none(), nb::arg("decoder"), nb::arg("head"),
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("pipeline_factor"),
           nb::arg("num_replicas"), nb::arg("max_size"), nb::arg("extra_factors") = std::vector<double>{},
+          nb::arg("extra_cutoff_ms") = kInfinity,
           "Splits an ordered sequence of samples into micro-batches; exact for DynaPipe's objective.");
     m.def("partition_runs", &partition_given, nb::arg("offset"), nb::arg("times_ms"), nb::arg("pipeline_factor"),
           nb::arg("num_replicas"), nb::arg("extra_factors") = std::vector<double>{},
+          nb::arg("extra_cutoff_ms") = kInfinity,
           "The same from given times: row i of the runs, from offset[i], holds those that begin at sample i.");
     m.def("micro_batch_times", &run_times, nb::arg("encoder").none(), nb::arg("decoder"), nb::arg("head"),
           nb::arg("devices"), nb::arg("encoder_len"), nb::arg("decoder_len"), nb::arg("counts"),

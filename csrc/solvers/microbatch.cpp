@@ -66,11 +66,13 @@ std::array<double, 5> MicroBatchCost::device_at(const DeviceLoad& device, const 
     const auto times = [](double number, double value) { return number > 0 ? number * value : 0.0; };
     const double ne = device.num_encoder_layers, nd = device.num_decoder_layers;
     const double encoder_stored = times(ne, encoder.stored);
+    const double stored = encoder_stored + times(nd, decoder.stored);
+    const double others = times(device.in_flight - 1, stored);
     // The last of equal layers peaks highest: it runs on top of all the others' stored activations.
-    return {times(ne, encoder.time) + times(nd, decoder.time) + (device.head ? head.time : 0.0),
-            encoder_stored + times(nd, decoder.stored), ne > 0 ? times(ne - 1, encoder.stored) + encoder.peak : 0.0,
-            nd > 0 ? encoder_stored + times(nd - 1, decoder.stored) + decoder.peak : 0.0,
-            times(ne, encoder.floor) + times(nd, decoder.floor)};
+    return {times(ne, encoder.time) + times(nd, decoder.time) + (device.head ? head.time : 0.0), others + stored,
+            ne > 0 ? others + times(ne - 1, encoder.stored) + encoder.peak : 0.0,
+            nd > 0 ? others + encoder_stored + times(nd - 1, decoder.stored) + decoder.peak : 0.0,
+            device.in_flight * (times(ne, encoder.floor) + times(nd, decoder.floor))};
 }
 
 void MicroBatchCost::add_device_lines(Cut& cut) const {
@@ -85,7 +87,7 @@ void MicroBatchCost::add_device_lines(Cut& cut) const {
             const auto point = device_at(devices_[d], encoder, decoder, head);
             DeviceLine& line = cut.devices[d];
             line.time.push_back(point[0]);
-            line.stored.push_back(point[1]);
+            line.all_stored.push_back(point[1]);
             line.encoder_peak.push_back(point[2]);
             line.decoder_peak.push_back(point[3]);
             line.stored_floor.push_back(point[4]);
@@ -98,10 +100,9 @@ double MicroBatchCost::slowest(const Point& point, bool& stop) const {
     double slowest = 0.0;
     for (std::size_t d = 0; d < devices_.size(); ++d) {
         const auto [time, stored, encoder_peak, decoder_peak, floor] = point(d);
-        const DeviceLoad& device = devices_[d];
-        if (floor > device.stored_limit_mb) stop = true;
-        if (!(time < kInfinity) || stored > device.stored_limit_mb || encoder_peak > device.peak_limit_mb ||
-            decoder_peak > device.peak_limit_mb) {
+        const double available = devices_[d].available_mb;
+        if (floor > available) stop = true;
+        if (!(time < kInfinity) || stored > available || encoder_peak > available || decoder_peak > available) {
             slowest = kInfinity;
         } else {
             slowest = std::max(slowest, time);
@@ -130,7 +131,7 @@ bool MicroBatchCost::append(std::int64_t encoder_len, std::int64_t decoder_len, 
                     const auto value = [&](const std::vector<double>& v) {
                         return interpolate(v[low], v[high], weight);
                     };
-                    return std::array<double, 5>{value(line.time), value(line.stored), value(line.encoder_peak),
+                    return std::array<double, 5>{value(line.time), value(line.all_stored), value(line.encoder_peak),
                                                  value(line.decoder_peak), value(line.stored_floor)};
                 },
                 stop);

@@ -15,8 +15,8 @@ struct DeviceLoad {
     double num_encoder_layers = 0;
     double num_decoder_layers = 0;
     bool head = false;
-    double stored_limit_mb = 0;  // activations that stay until the backward pass
-    double peak_limit_mb = 0;    // the same plus what one layer needs while it runs
+    double in_flight = 1;     // equal micro-batches that must fit at once
+    double available_mb = 0;  // memory for activations
 };
 
 struct LayerTables {
@@ -39,8 +39,10 @@ class MicroBatchCost {
   private:
     // One device's costs at the points of counts_, straight lines in between.
     struct DeviceLine {
-        std::vector<double> time, stored, encoder_peak, decoder_peak;
-        std::vector<double> stored_floor;  // see CostTable
+        std::vector<double> time;
+        // Needed by in_flight micro-batches: all stored, or the last of them in its highest encoder or decoder layer.
+        std::vector<double> all_stored, encoder_peak, decoder_peak;
+        std::vector<double> stored_floor;  // of all of them, see CostTable
     };
     struct Cut {
         CostLine encoder, decoder, head;
@@ -57,7 +59,7 @@ class MicroBatchCost {
     Cut& cut(std::int64_t encoder_len, std::int64_t decoder_len);
     void add_device_lines(Cut& cut) const;
     static Layer layer_at(const CostTable& table, const CostLine& line, double count);
-    // One point of a device's line: time, stored, encoder peak, decoder peak, floor.
+    // One point of a device's line: time, all stored, encoder peak, decoder peak, floor.
     static std::array<double, 5> device_at(const DeviceLoad& device, const Layer& encoder, const Layer& decoder,
                                            const Layer& head);
     // The time on the slowest device, given each device's point; sets stop when nothing larger can fit.

@@ -22,7 +22,7 @@ from experiments.record import Comparison, Row, RunContext
 from llmsys.core.errors import ConfigError
 from llmsys.dynapipe.config import PlannerConfig
 from llmsys.dynapipe.costs import CostModel
-from llmsys.dynapipe.microbatch import PaddedLengths, fits_share, partition
+from llmsys.dynapipe.microbatch import PaddedLengths, fits_in_flight, partition
 from llmsys.dynapipe.ordering import order_samples
 from llmsys.dynapipe.workload import Samples
 
@@ -94,11 +94,11 @@ def _generation_cpu_s(samples: Samples, costs: CostModel, config: PlannerConfig)
     start_s = time.process_time()
     padded = PaddedLengths.of(samples, encoder_decoder=costs.encoder_decoder, config=config)
     order = order_samples(padded.encoder_len, padded.decoder_len, config)
-    share = 1.0 / costs.parallelism.pipeline
+    depth = costs.parallelism.pipeline
     for recompute in config.recompute:
-        made = partition(padded, order, costs, config, recompute, 1.0)
-        if made is not None and not fits_share(made, padded, costs, config, share):
-            partition(padded, order, costs, config, recompute, share)
+        made = partition(padded, order, costs, config, recompute, 1)
+        if made is not None and not fits_in_flight(made, padded, costs, config, depth):
+            partition(padded, order, costs, config, recompute, depth)
     return time.process_time() - start_s
 
 

@@ -214,11 +214,11 @@ class CostModel:
         real = [link for link in links if link is not None]
         return min(real, key=lambda link: link.bandwidth_gbps) if real else None
 
-    def device_loads(self, recompute: Recompute, limits_mb: Sequence[float], stored_fraction: float) -> FloatArray:
+    def device_loads(self, recompute: Recompute, limits_mb: Sequence[float], in_flight: int) -> FloatArray:
         """What the partition solver needs to know of each kind of device.
 
-        Rows (encoder layers, decoder layers, head, stored limit, peak limit), equal kinds merged to the tightest
-        limits. The stored limit is ``stored_fraction`` of the memory left beside the model state.
+        Rows (encoder layers, decoder layers, head, in_flight, MB beside the model state), equal kinds merged to the
+        least memory. ``in_flight`` equal micro-batches must fit a device at once.
         """
         state = self.state_mb(recompute)
         kinds: dict[tuple[int, int, bool], float] = {}
@@ -231,7 +231,7 @@ class CostModel:
             )
             available = limits_mb[device] - state[device]
             kinds[kind] = min(kinds.get(kind, np.inf), available)
-        rows = [[*kind, available * stored_fraction, available] for kind, available in kinds.items()]
+        rows = [[*kind, in_flight, available] for kind, available in kinds.items()]
         return np.array(rows, dtype=np.float64)
 
     def micro_batch_costs(self, shapes: IntArray, recompute: Recompute) -> MicroBatchCosts:

@@ -50,7 +50,7 @@ class Partition:
     times_ms: tuple[float, ...]
     objective_ms: float
     recompute: Recompute
-    stored_fraction: float
+    in_flight: int
 
 
 def round_up(lengths: IntArray, multiple: int) -> IntArray:
@@ -63,14 +63,14 @@ def partition(
     cost_model: CostModel,
     config: PlannerConfig,
     recompute: Recompute,
-    stored_fraction: float,
+    in_flight: int,
 ) -> Partition | None:
     """The best cut of ``order`` into micro-batches, exact for the objective; None when memory allows none.
 
-    ``stored_fraction``: the part of the free memory that one micro-batch's stored activations may take. With
-    1 / pipeline any schedule that holds as many micro-batches as there are devices fits.
+    ``in_flight``: how many micro-batches like it must fit a device at once. With as many as there are pipeline devices
+    1F1B fits; with 1 it is up to the schedule how many it can hold.
     """
-    made = partitions(padded, order, cost_model, config, recompute, stored_fraction, ())
+    made = partitions(padded, order, cost_model, config, recompute, in_flight, (), np.inf)
     return made[0] if made else None
 
 
@@ -80,13 +80,15 @@ def partitions(
     cost_model: CostModel,
     config: PlannerConfig,
     recompute: Recompute,
-    stored_fraction: float,
+    in_flight: int,
     extra_factors: Sequence[float],
+    extra_cutoff_ms: float,
 ) -> list[Partition]:
     """``partition``'s best cut, then the best when the longest micro-batch counts more by each of ``extra_factors``.
 
     The objective takes replicas to be balanced perfectly. With few micro-batches a replica they cannot be, and cuts
-    with shorter ones balance better. Empty when memory allows none.
+    with shorter ones balance better. They are left out when even the best objective is above ``extra_cutoff_ms``.
+    Empty when memory allows none.
     """
     parallelism = cost_model.parallelism
     encoder, decoder, head = cost_model.native_tables(recompute)
@@ -95,19 +97,20 @@ def partitions(
         encoder,
         decoder,
         head,
-        cost_model.device_loads(recompute, limits, stored_fraction),
+        cost_model.device_loads(recompute, limits, in_flight),
         np.ascontiguousarray(padded.encoder_len[order]),
         np.ascontiguousarray(padded.decoder_len[order]),
         (parallelism.pipeline - 1) / parallelism.num_chunks,
         float(parallelism.data),
         int(cost_model.layer_tables(recompute).decoder.axes[-1][-1]),
         list(extra_factors),
+        extra_cutoff_ms,
     )
-    return _to_partitions(result, order, recompute, stored_fraction)
+    return _to_partitions(result, order, recompute, in_flight)
 
 
 def _to_partitions(
-    results: _C.PartitionResults, order: IntArray, recompute: Recompute, stored_fraction: float
+    results: _C.PartitionResults, order: IntArray, recompute: Recompute, in_flight: int
 ) -> list[Partition]:
     made = []
     in_order = order.tolist()
@@ -122,7 +125,7 @@ def _to_partitions(
                 times_ms=tuple(result["times_ms"].tolist()),
                 objective_ms=result["objective_ms"],
                 recompute=recompute,
-                stored_fraction=stored_fraction,
+                in_flight=in_flight,
             )
         )
     return made
@@ -134,12 +137,13 @@ def varlen_partitions(
     cost_model: CostModel,
     config: PlannerConfig,
     recompute: Recompute,
-    stored_fractions: Sequence[float],
+    in_flights: Sequence[int],
     extra_factors: Sequence[float],
+    extra_cutoff_ms: float,
 ) -> list[Partition]:
     """``partitions`` where micro-batches concatenate their samples (variable-length attention, no padding).
 
-    Beyond the paper: a run's cost then follows from sums over its samples. For each of ``stored_fractions`` in turn.
+    Beyond the paper: a run's cost then follows from sums over its samples. For each of ``in_flights`` in turn.
     """
     parallelism = cost_model.parallelism
     extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
@@ -153,19 +157,20 @@ def varlen_partitions(
     )
     offset = np.searchsorted(begins, np.arange(len(order) + 1)).astype(np.int64)
     made: list[Partition] = []
-    for fraction in stored_fractions:
+    for in_flight in in_flights:
         result = _C.partition_runs(
             offset,
-            _run_times(costs, cost_model, limits, fraction),
+            _run_times(costs, cost_model, limits, in_flight),
             (parallelism.pipeline - 1) / parallelism.num_chunks,
             float(parallelism.data),
             list(extra_factors),
+            extra_cutoff_ms,
         )
-        made += _to_partitions(result, order, recompute, fraction)
+        made += _to_partitions(result, order, recompute, in_flight)
     return made
 
 
-def _run_times(costs: MicroBatchCosts, cost_model: CostModel, limits: FloatArray, stored_fraction: float) -> FloatArray:
+def _run_times(costs: MicroBatchCosts, cost_model: CostModel, limits: FloatArray, in_flight: int) -> FloatArray:
     """Time of each run on its slowest device, infinite where some device has no room for it."""
     times = np.zeros(len(costs.forward_ms))
     fits = np.ones(len(times), dtype=np.bool_)
@@ -174,7 +179,7 @@ def _run_times(costs: MicroBatchCosts, cost_model: CostModel, limits: FloatArray
         stored = costs.stored_mb[:, stages].sum(axis=1)
         # While one chunk runs, the others' activations are stored already.
         peak = (stored[:, None] - costs.stored_mb[:, stages] + costs.forward_peak_mb[:, stages]).max(axis=1)
-        fits &= (stored <= limits[device] * stored_fraction) & (peak <= limits[device])
+        fits &= (in_flight * stored <= limits[device]) & ((in_flight - 1) * stored + peak <= limits[device])
         times = np.maximum(times, (costs.forward_ms + costs.backward_ms)[:, stages].sum(axis=1))
     return np.where(fits, times, np.inf)
 
@@ -190,14 +195,14 @@ def _runs_within(tokens: IntArray, max_tokens: int) -> tuple[IntArray, IntArray]
     return begins.astype(np.int64), (begins + 1 + np.arange(len(begins)) - first).astype(np.int64)
 
 
-def fits_share(
-    made: Partition, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig, stored_fraction: float
+def fits_in_flight(
+    made: Partition, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig, in_flight: int
 ) -> bool:
-    """Whether a partition keeps to a smaller share of the memory as well; it is then the best one for that share."""
+    """Whether each micro-batch of a partition fits ``in_flight`` times; then nothing is better under that rule."""
     encoder, decoder, head = cost_model.native_tables(made.recompute)
     limits = config.device_limits_mb(cost_model.parallelism.pipeline)
     counts, encoder_len, decoder_len = np.ascontiguousarray(group_shapes(made.groups, padded).T)
-    loads = cost_model.device_loads(made.recompute, limits, stored_fraction)
+    loads = cost_model.device_loads(made.recompute, limits, in_flight)
     times = _C.micro_batch_times(encoder, decoder, head, loads, encoder_len, decoder_len, counts)
     return bool(np.isfinite(times).all())
 

@@ -23,7 +23,7 @@ from llmsys.dynapipe.microbatch import (
     PaddedLengths,
     Partition,
     explain_infeasible,
-    fits_share,
+    fits_in_flight,
     group_shapes,
     partitions,
     varlen_partitions,
@@ -40,6 +40,8 @@ _NUM_THOROUGH = 2
 # How much more the longest micro-batch counts in the cuts tried beside the plain objective's, when there are replicas
 # to balance; 1 stands for the worst that greedy balancing can do.
 _BALANCE_WEIGHTS = (0.3, 1.0)
+# They are tried for recompute kinds whose plain objective is within this factor of the best.
+_COMPETITIVE = 1.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,20 +91,27 @@ class DynaPipe:
 
     def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
         padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
-        candidates = [c.groups for c in self._partitions(samples, padded, cost_model, config)]
-        work = self._price(candidates, samples, padded, cost_model, config)
-        # The given order tells partitions and recompute kinds apart well enough; rarely, only another order fits.
+        candidates = self._partitions(samples, padded, cost_model, config)
+        priced = self._price([c.groups for c in candidates], samples, padded, cost_model, config)
+        # The given order tells partitions and recompute kinds apart well enough; sometimes only another order fits.
+        plain = replace(config, reorder="none")
         quick: list[list[Scheduled]] = []
-        for setting in (replace(config, reorder="none"), config):
-            tried = (schedule_work(entry, cost_model, setting) for entry in work)
-            quick = quick or [replicas for replicas in tried if replicas is not None]
+        for candidate, work in zip(candidates, priced, strict=True):
+            parts = balance(work.costs, cost_model.parallelism.data, candidate.recompute)
+            replicas = schedule_parts(work, parts, cost_model, plain)
+            if replicas is None and config.reorder != "none":
+                replicas = schedule_parts(work, parts, cost_model, config)
+            if replicas is not None:
+                quick.append(replicas)
         if not quick:
             raise no_schedule_error(cost_model, config)
         quick.sort(key=slowest_ms)
         if config.reorder == "none":
             return quick[0]
-        thorough = [improve(replicas, cost_model, config) for replicas in quick[:_NUM_THOROUGH]]
-        return min(thorough, key=slowest_ms)
+        # A quarter of the moves tells the best few apart, the rest goes to the winner.
+        trial = config.max_moves // 4
+        best = min((improve(r, cost_model, config, trial) for r in quick[:_NUM_THOROUGH]), key=slowest_ms)
+        return improve(best, cost_model, config, config.max_moves - trial, go_on=True)
 
     def _partitions(
         self, samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
@@ -114,7 +123,8 @@ class DynaPipe:
         extra = tuple(weight * uneven for weight in _BALANCE_WEIGHTS) if uneven else ()
         found: dict[tuple[tuple[int, ...], ...], Partition] = {}
         for recompute in config.recompute:
-            for candidate in self._cut(samples, padded, order, cost_model, config, recompute, extra):
+            cutoff_ms = _COMPETITIVE * min((p.objective_ms for p in found.values()), default=np.inf)
+            for candidate in self._cut(samples, padded, order, cost_model, config, recompute, extra, cutoff_ms):
                 known = found.get(candidate.groups)
                 if known is None or candidate.objective_ms < known.objective_ms:
                     found[candidate.groups] = candidate
@@ -131,19 +141,20 @@ class DynaPipe:
         config: PlannerConfig,
         recompute: Recompute,
         extra: Sequence[float],
+        cutoff_ms: float,
     ) -> list[Partition]:
-        """Cuts for two shares of the memory.
+        """Cuts into micro-batches of which one must fit a device at once, and of which 1F1B's number must.
 
-        With one share a device 1F1B can keep as many micro-batches in flight as it wants; the whole memory allows
-        larger micro-batches and leaves it to the schedule how many it can hold.
+        The first may be larger, and leave it to the schedule how many it can hold.
         """
-        share = 1.0 / cost_model.parallelism.pipeline
+        depth = cost_model.parallelism.pipeline
         if self.attention == "varlen":
-            return varlen_partitions(samples, order, cost_model, config, recompute, (1.0, share), extra)
-        made = partitions(padded, order, cost_model, config, recompute, 1.0, extra)
-        if all(fits_share(candidate, padded, cost_model, config, share) for candidate in made):
-            return made  # nothing is better with less
-        return made + partitions(padded, order, cost_model, config, recompute, share, extra)
+            return varlen_partitions(samples, order, cost_model, config, recompute, (1, depth), extra, cutoff_ms)
+        made = partitions(padded, order, cost_model, config, recompute, 1, extra, cutoff_ms)
+        # The others' longest micro-batches are no longer.
+        if made and fits_in_flight(made[0], padded, cost_model, config, depth):
+            return made
+        return made + partitions(padded, order, cost_model, config, recompute, depth, extra, cutoff_ms)
 
     def _price(
         self,
@@ -261,15 +272,18 @@ def schedule_work(work: Work, cost_model: CostModel, config: PlannerConfig) -> l
     return schedule_parts(work, balance(work.costs, cost_model.parallelism.data), cost_model, config)
 
 
-def balance(costs: Mapping[Recompute, MicroBatchCosts], num_replicas: int) -> list[list[int]]:
+def balance(
+    costs: Mapping[Recompute, MicroBatchCosts], num_replicas: int, kind: Recompute | None = None
+) -> list[list[int]]:
     """Micro-batches of each replica, with equal times as far as possible.
 
-    Replicas may end up with different recompute kinds; a micro-batch counts with its cheapest.
+    A micro-batch counts with its time under ``kind``, the one it was made for; by default under its cheapest, since
+    replicas may end up with different kinds.
     """
-    per_kind = np.stack([(c.forward_ms + c.backward_ms).max(axis=1) for c in costs.values()])
-    cheapest = per_kind.min(axis=0)
+    chosen = costs.values() if kind is None else (costs[kind],)
+    times = np.stack([(c.forward_ms + c.backward_ms).max(axis=1) for c in chosen]).min(axis=0)
     # A micro-batch that fits no kind makes the schedule fail later; here it only must not upset the sums.
-    return karmarkar_karp(np.where(np.isfinite(cheapest), cheapest, 0.0).tolist(), num_replicas)
+    return karmarkar_karp(np.where(np.isfinite(times), times, 0.0).tolist(), num_replicas)
 
 
 def schedule_parts(
@@ -309,8 +323,15 @@ def schedule_replica(
     return best
 
 
-def improve(replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
-    """Search on from each replica's schedule, with its recompute kind, as ``config.reorder`` allows."""
+def improve(
+    replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig, max_moves: int, *, go_on: bool = False
+) -> list[Scheduled]:
+    """Search for better schedules of each replica, with its recompute kind, as ``config.reorder`` allows.
+
+    ``go_on``: from the schedules at hand instead of the reordering's starting orders.
+    """
+    if go_on and (config.reorder != "search" or max_moves == 0):
+        return list(replicas)
     result = []
     for replica in replicas:
         found = find_schedule(
@@ -318,7 +339,8 @@ def improve(replicas: Sequence[Scheduled], cost_model: CostModel, config: Planne
             cost_model.parallelism.pipeline,
             free_memory_mb(cost_model, config, replica.recompute),
             config,
-            max_moves=config.max_moves,
+            max_moves=max_moves,
+            starts=np.array([replica.schedule.permutation], dtype=np.int64) if go_on else None,
         )
         better = found is not None and found.feasible and found.makespan_ms < replica.schedule.makespan_ms
         result.append(replace(replica, schedule=found) if better and found is not None else replica)

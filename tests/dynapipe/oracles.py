@@ -27,7 +27,7 @@ def run_times(
     cost_model: CostModel,
     recompute: Recompute,
     limits_mb: Sequence[float],
-    stored_fraction: float,
+    in_flight: int,
     encoder_len: IntArray,
     decoder_len: IntArray,
 ) -> FloatArray:
@@ -59,7 +59,7 @@ def run_times(
         if any(s.head for s in stages):
             time = time + head["fw_ms"] + head["bw_ms"]
         free = limit - state
-        time = np.where((stored <= stored_fraction * free) & (peak <= free), time, np.inf)
+        time = np.where((in_flight * stored <= free) & ((in_flight - 1) * stored + peak <= free), time, np.inf)
         slowest = np.maximum(slowest, time)
     times = np.full((n, n + 1), np.inf)
     for (i, j), value in zip(runs, slowest.tolist(), strict=True):

@@ -182,7 +182,7 @@ def test_costs_and_native_solvers_agree(architecture: Architecture, parallelism:
     for device in range(pipeline):
         stages = model.device_stages(device)
         per_device[:, device] = (costs.forward_ms + costs.backward_ms)[:, stages].sum(axis=1)
-    loads = model.device_loads("none", [1e9] * pipeline, 1.0)
+    loads = model.device_loads("none", [1e9] * pipeline, 1)
     counts, encoder_len, decoder_len = (np.ascontiguousarray(column) for column in shapes.T)
     native = _C.micro_batch_times(*model.native_tables("none"), loads, encoder_len, decoder_len, counts)
     np.testing.assert_allclose(native, per_device.max(axis=1), rtol=1e-9)

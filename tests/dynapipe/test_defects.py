@@ -39,7 +39,7 @@ def test_1_thin_steps_between_candidates(architecture: Architecture, scale: floa
     samples = toy_samples(np.random.default_rng(4), architecture, 30)
     padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=FAST)
     order = order_samples(padded.encoder_len, padded.decoder_len, FAST)
-    found = partition(padded, order, model, FAST, "none", 1.0)
+    found = partition(padded, order, model, FAST, "none", 1)
     assert found is not None
     lengths = padded.encoder_len[order], padded.decoder_len[order]
     times = oracles.run_times(model, "none", FAST.device_limits_mb(4), 1.0, *lengths)
@@ -157,7 +157,7 @@ def test_10_one_rounding_for_all(architecture: Architecture) -> None:
     for config in (FAST, dataclasses.replace(FAST, length_multiple=16, decoder_extra_tokens=7)):
         padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=config)
         made = partition(
-            padded, order_samples(padded.encoder_len, padded.decoder_len, config), model, config, "none", 1.0
+            padded, order_samples(padded.encoder_len, padded.decoder_len, config), model, config, "none", 1
         )
         assert made is not None
         costs = model.micro_batch_costs(group_shapes(made.groups, padded), "none")
@@ -177,7 +177,7 @@ def test_11_odd_chunks_and_uneven_stages(
     model = toy_cost_model(architecture, num_layers=num_layers, pipeline=pipeline, num_chunks=num_chunks)
     samples = toy_samples(np.random.default_rng(3), architecture, 25)
     padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=FAST)
-    made = partition(padded, np.arange(25), model, FAST, "none", 1.0)
+    made = partition(padded, np.arange(25), model, FAST, "none", 1)
     assert made is not None
     costs = model.micro_batch_costs(group_shapes(made.groups, padded), "none")
     times = costs.forward_ms + costs.backward_ms

@@ -14,7 +14,7 @@ from llmsys.dynapipe.microbatch import (
     PaddedLengths,
     Partition,
     explain_infeasible,
-    fits_share,
+    fits_in_flight,
     group_shapes,
     partition,
 )
@@ -57,10 +57,10 @@ def random_problem(rng: Rng, architecture: Architecture) -> tuple[CostModel, tup
     return model, tuple(limits)
 
 
-def solve(samples: Samples, model: CostModel, limits: tuple[float, ...], fraction: float) -> Partition | None:
+def solve(samples: Samples, model: CostModel, limits: tuple[float, ...], in_flight: int) -> Partition | None:
     config = PlannerConfig(length_multiple=1, decoder_extra_tokens=0, memory_limit_mb=limits)
     padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=config)
-    return partition(padded, np.arange(len(samples)), model, config, "none", fraction)
+    return partition(padded, np.arange(len(samples)), model, config, "none", in_flight)
 
 
 def check_against(best: float, found: Partition | None, times: np.ndarray, model: CostModel) -> None:
@@ -82,11 +82,11 @@ def test_partition_is_the_best_of_all(architecture: Architecture, seed: int) -> 
     rng = np.random.default_rng(seed)
     model, limits = random_problem(rng, architecture)
     samples = random_samples(rng, architecture, int(rng.integers(1, 10)))
-    for fraction in (1.0, 1.0 / model.parallelism.pipeline):
-        times = oracles.run_times(model, "none", limits, fraction, samples.encoder_len, samples.decoder_len)
+    for in_flight in (1, model.parallelism.pipeline):
+        times = oracles.run_times(model, "none", limits, in_flight, samples.encoder_len, samples.decoder_len)
         factor = (model.parallelism.pipeline - 1) / model.parallelism.num_chunks
         best = oracles.best_partition_by_trying_all(times, factor, model.parallelism.data)
-        check_against(best, solve(samples, model, limits, fraction), times, model)
+        check_against(best, solve(samples, model, limits, in_flight), times, model)
 
 
 @pytest.mark.native
@@ -98,10 +98,10 @@ def test_partition_equals_the_program_over_every_maximum(architecture: Architect
     if seed % 2:
         order = np.lexsort((samples.decoder_len, samples.encoder_len))
         samples = samples.select(order)
-    times = oracles.run_times(model, "none", limits, 1.0, samples.encoder_len, samples.decoder_len)
+    times = oracles.run_times(model, "none", limits, 1, samples.encoder_len, samples.decoder_len)
     factor = (model.parallelism.pipeline - 1) / model.parallelism.num_chunks
     best = oracles.best_partition_by_every_maximum(times, factor, model.parallelism.data)
-    check_against(best, solve(samples, model, limits, 1.0), times, model)
+    check_against(best, solve(samples, model, limits, 1), times, model)
 
 
 @pytest.mark.native
@@ -116,10 +116,10 @@ def test_samples_shorter_than_the_profile_may_lie_beside_a_hole(architecture: Ar
     n = int(rng.integers(3, 10))
     short = np.sort(rng.integers(2, 10, n)) if model.encoder_decoder else np.zeros(n, dtype=np.int64)
     samples = Samples(encoder_len=short, decoder_len=np.sort(rng.integers(2, 10, n)))
-    times = oracles.run_times(model, "none", limits, 1.0, samples.encoder_len, samples.decoder_len)
+    times = oracles.run_times(model, "none", limits, 1, samples.encoder_len, samples.decoder_len)
     factor = model.parallelism.pipeline - 1
     best = oracles.best_partition_by_trying_all(times, factor, model.parallelism.data)
-    check_against(best, solve(samples, model, limits, 1.0), times, model)
+    check_against(best, solve(samples, model, limits, 1), times, model)
 
 
 def as_runs(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +192,7 @@ def test_partition_does_not_depend_on_the_unit_of_time(architecture: Architectur
         model = toy_cost_model(architecture, profile=toy_profile(architecture, time_scale=time_scale), pipeline=4)
         padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=EXACT)
         order = np.lexsort((padded.decoder_len, padded.encoder_len))
-        found = partition(padded, order, model, EXACT, "none", 1.0)
+        found = partition(padded, order, model, EXACT, "none", 1)
         assert found is not None
         results.append(found)
     assert results[0].groups == results[1].groups and len(results[0].groups) > 4
@@ -250,7 +250,7 @@ def test_each_recompute_kind_may_have_micro_batch_sizes_of_its_own() -> None:
     model = toy_cost_model("decoder_only", profile=profile, pipeline=1)
     samples = Samples.decoder_only(np.full(32, 8), np.full(32, 8))
     padded = PaddedLengths.of(samples, encoder_decoder=False, config=EXACT)
-    made = partition(padded, np.arange(32), model, EXACT, "full", 1.0)
+    made = partition(padded, np.arange(32), model, EXACT, "full", 1)
     assert made is not None and max(len(group) for group in made.groups) > 4
 
 
@@ -270,7 +270,7 @@ def test_group_shapes_pad_to_the_longest() -> None:
 
 
 @pytest.mark.native
-def test_fits_share_agrees_with_the_partition(architecture: Architecture) -> None:
+def test_fits_in_flight_agrees_with_the_partition(architecture: Architecture) -> None:
     rng = np.random.default_rng(2)
     answers = set()
     for _ in range(30):
@@ -278,15 +278,15 @@ def test_fits_share_agrees_with_the_partition(architecture: Architecture) -> Non
         config = PlannerConfig(length_multiple=1, decoder_extra_tokens=0, memory_limit_mb=limits)
         samples = random_samples(rng, architecture, 12)
         padded = PaddedLengths.of(samples, encoder_decoder=model.encoder_decoder, config=config)
-        made = partition(padded, np.arange(12), model, config, "none", 1.0)
-        share = 1.0 / model.parallelism.pipeline
+        made = partition(padded, np.arange(12), model, config, "none", 1)
+        depth = model.parallelism.pipeline
         if made is None:
             continue
-        times = oracles.run_times(model, "none", limits, share, samples.encoder_len, samples.decoder_len)
+        times = oracles.run_times(model, "none", limits, depth, samples.encoder_len, samples.decoder_len)
         expected = all(np.isfinite(times[group[0], group[-1] + 1]) for group in made.groups)
-        assert fits_share(made, padded, model, config, share) == expected
+        assert fits_in_flight(made, padded, model, config, depth) == expected
         if expected:
-            again = partition(padded, np.arange(12), model, config, "none", share)
+            again = partition(padded, np.arange(12), model, config, "none", depth)
             assert again is not None and again.groups == made.groups
         answers.add(expected)
     assert answers == {True, False}
@@ -322,10 +322,10 @@ def test_device_loads_keep_the_tightest_device_of_each_kind() -> None:
         parallelism=Parallelism(pipeline=4),
     )
     limits = (5000.0, 4500.0, 4600.0, 5000.0)
-    loads = model.device_loads("none", limits, 0.5)
+    loads = model.device_loads("none", limits, 2)
     state = model.state_mb("none")
     # Devices 0 to 2 have two layers, device 3 the head as well.
     assert sorted(loads[:, :3].tolist()) == [[0, 2, 0], [0, 2, 1]]
     free = min(limits[d] - state[d] for d in range(3))
-    assert loads[loads[:, 2] == 0, 3:].tolist() == [[0.5 * free, free]]
+    assert loads[loads[:, 2] == 0, 3:].tolist() == [[2, free]]
     assert RECOMPUTES == ("none", "selective", "full")

@@ -23,7 +23,7 @@ def native(table: GridTable, *columns: str) -> _C.CostTable:
 
 
 def device(*, encoder: int = 0, decoder: int = 0, head: bool = False) -> FloatArray:
-    return np.array([[encoder, decoder, head, NO_LIMIT, NO_LIMIT]], dtype=np.float64)
+    return np.array([[encoder, decoder, head, 1, NO_LIMIT]], dtype=np.float64)
 
 
 def points_of(table: GridTable, rng: np.random.Generator, number: int = 400) -> FloatArray:
@@ -85,15 +85,24 @@ def test_limits_cut_off_what_does_not_fit() -> None:
     table = _C.CostTable(axes, [ones, ones, stored, peak])
     lengths, counts = np.array([8, 8, 16, 16]), np.array([1, 2, 1, 2])
 
-    def fits(stored_limit: float, peak_limit: float, layers: int = 3) -> list[bool]:
-        load = np.array([[0.0, layers, 0.0, stored_limit, peak_limit]])
+    def fits(available: float, in_flight: int = 1, layers: int = 3) -> list[bool]:
+        load = np.array([[0.0, layers, 0.0, in_flight, available]])
         return np.isfinite(_C.micro_batch_times(None, table, table, load, lengths, lengths, counts)).tolist()
 
-    assert fits(NO_LIMIT, NO_LIMIT) == [True] * 4
-    assert fits(6.0, NO_LIMIT) == [True, True, True, False]  # three layers store 3, 6, 6 and 12
-    assert fits(5.9, NO_LIMIT) == [True, False, False, False]
-    assert fits(NO_LIMIT, 10.0) == [True, True, True, False]  # two store, the third peaks: 5, 10, 10, 20
-    assert fits(NO_LIMIT, 9.9) == [True, False, False, False]
+    assert fits(NO_LIMIT) == [True] * 4
+    assert fits(10.0) == [True, True, True, False]  # two layers store, the third peaks: 5, 10, 10, 20
+    assert fits(9.9) == [True, False, False, False]
+    assert fits(16.0, in_flight=2) == [True, True, True, False]  # three more layers stored: 8, 16, 16, 32
+    assert fits(15.9, in_flight=2) == [True, False, False, False]
+
+
+def test_stored_activations_count_where_the_peak_was_measured_below_them() -> None:
+    axes = [np.array([8.0, 16.0]), np.array([1.0, 2.0])]
+    table = _C.CostTable(axes, [np.ones(4), np.ones(4), np.full(4, 2.0), np.ones(4)])
+    one = np.array([1])
+    for available, fits in ((5.9, False), (6.0, True)):
+        load = np.array([[0.0, 3.0, 0.0, 1.0, available]])
+        assert np.isfinite(_C.micro_batch_times(None, table, table, load, 8 * one, 8 * one, one))[0] == fits
 
 
 def test_an_axis_of_one_value_is_constant() -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 from llmsys.core.errors import PlanError
 from llmsys.dynapipe.plan.buffers import broken_rule, check_buffers
@@ -94,36 +93,37 @@ def _check_samples(plan: Plan) -> None:
 def _check_passes(plan: Plan, replica: int) -> None:
     """Each device runs each micro-batch's forward, then its backward pass, once for each of its stages."""
     work = plan.replicas[replica]
-    num_micro_batches = len(work.micro_batches)
+    num_micro_batches, num_stages, pipeline = len(work.micro_batches), len(plan.stages), plan.parallelism.pipeline
     for device, instructions in enumerate(work.instructions):
         seen: dict[tuple[int, int], int] = {}
         for index, op in enumerate(instructions):
-            cell = (device, index)
-            if not (0 <= op.micro_batch < num_micro_batches and 0 <= op.stage < len(plan.stages)):
+            if not (0 <= op.micro_batch < num_micro_batches and 0 <= op.stage < num_stages):
                 raise broken_rule(
-                    plan, replica, cell, "an instruction names work that does not exist",
+                    plan, replica, (device, index), "an instruction names work that does not exist",
                     f"micro-batch below {num_micro_batches}, stage below {len(plan.stages)}",
                     f"micro-batch {op.micro_batch}, stage {op.stage}",
                 )  # fmt: skip
-            if plan.device_of(op.stage) != device:
+            if op.stage % pipeline != device:
                 raise broken_rule(
-                    plan, replica, cell, "an instruction is on the wrong device",
+                    plan, replica, (device, index), "an instruction is on the wrong device",
                     f"stage {op.stage} on device {plan.device_of(op.stage)}", f"it is on device {device}",
                 )  # fmt: skip
+            kind = type(op)
             if isinstance(op, Transfer):
                 far = far_stage(op)
-                if not 0 <= far < len(plan.stages) or op.peer != plan.device_of(far):
+                if not 0 <= far < num_stages or op.peer != far % pipeline:
                     raise broken_rule(
-                        plan, replica, cell, "a transfer has the wrong other end",
+                        plan, replica, (device, index), "a transfer has the wrong other end",
                         f"the device of stage {far}, of the stages below {len(plan.stages)}", f"device {op.peer}",
                     )  # fmt: skip
-            if type(op) not in (ForwardPass, BackwardPass):
+                continue
+            if kind is not ForwardPass and kind is not BackwardPass:
                 continue
             key = (op.micro_batch, op.stage)
-            state = 1 if type(op) is ForwardPass else 2
+            state = 1 if kind is ForwardPass else 2
             if seen.get(key, 0) != state - 1:
                 raise broken_rule(
-                    plan, replica, cell, "a pass is out of order or repeated",
+                    plan, replica, (device, index), "a pass is out of order or repeated",
                     "one forward pass, then one backward pass, of every micro-batch and stage",
                     f"{type(op).__name__} of micro-batch {op.micro_batch} on stage {op.stage}",
                 )  # fmt: skip
@@ -142,11 +142,18 @@ def _check_passes(plan: Plan, replica: int) -> None:
             )  # fmt: skip
 
 
-def transfers_between(work: ReplicaPlan, device: int, peer: int) -> Iterator[tuple[int, Transfer]]:
-    """(index, start) of each transfer that ``device`` lists with ``peer``, in its order."""
+def transfers_by_peer(work: ReplicaPlan, device: int) -> dict[int, list[tuple[int, Transfer]]]:
+    """(index, start) of each transfer that ``device`` lists, in its order, by peer."""
+    found: dict[int, list[tuple[int, Transfer]]] = {}
     for index, op in enumerate(work.instructions[device]):
-        if type(op) in STARTS and isinstance(op, Transfer) and op.peer == peer:
-            yield index, op
+        if type(op) in STARTS and isinstance(op, Transfer):
+            found.setdefault(op.peer, []).append((index, op))
+    return found
+
+
+def transfers_between(work: ReplicaPlan, device: int, peer: int) -> list[tuple[int, Transfer]]:
+    """(index, start) of each transfer that ``device`` lists with ``peer``, in its order."""
+    return transfers_by_peer(work, device).get(peer, [])
 
 
 def far_stage(op: Instruction) -> int:
@@ -160,10 +167,10 @@ def _check_pairs(plan: Plan, replica: int) -> None:
     A channel between two ranks (NCCL's, for one) matches transfers by order alone, so this is what makes the
     transfers of a plan meet the right data.
     """
-    work = plan.replicas[replica]
+    listed = [transfers_by_peer(plan.replicas[replica], device) for device in range(plan.parallelism.pipeline)]
     for device in range(plan.parallelism.pipeline):
         for peer in range(device + 1, plan.parallelism.pipeline):
-            mine, theirs = list(transfers_between(work, device, peer)), list(transfers_between(work, peer, device))
+            mine, theirs = listed[device].get(peer, []), listed[peer].get(device, [])
             for a, b in itertools.zip_longest(mine, theirs):
                 if a is None or b is None or not _meet(a[1], b[1]):
                     at, other, seen, answer = (device, peer, a, b) if a is not None else (peer, device, b, a)

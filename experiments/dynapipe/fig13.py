@@ -16,14 +16,15 @@ CLAIM = """The paper reports up to 3.25x (GPT) and 4.39x (T5) the throughput of 
 global batch of 65,536 tokens. Ours is a simulation on the authors' per-layer A100 profile with real multi-task lengths.
 The shape agrees: packing pays for attention across unrelated samples, quadratic in the sequence length, so the gain
 grows from nothing at 512 to its maximum at 8192, and more for T5, whose packed rows waste decoder tokens as well. The
-best ratio stays below the paper's for reasons that we can name: (1) our baseline is searched more widely (micro-batch
-size, recomputation, ZeRO stage, all splits, and for T5 the decoder length of a row, which the paper's scripts fix at a
-value that is not public); (2) FLAN v2 itself is not public, and our length table has shorter samples (99% under about
-1,100 tokens), so long limits cost DynaPipe little but there is little to win at short ones; (3) nothing outside the
-layers is modelled: data loading, kernel launch gaps and communication jitter cost a real system more per small
-micro-batch or more per long row, and only a measurement tells which. Against fixed-size micro-batches (padding) the
+best ratio stays below the paper's. What differs, as far as we know: (1) the baseline: ours is searched over all splits,
+micro-batch sizes, kinds of recomputation, ZeRO 1 and 2, and for T5 over the decoder length of a packed row, whose value
+in the paper we do not know; (2) the workload: FLAN v2 itself is not public on a code host, and our lengths are a part of
+its family in another mixture (99% of inputs under about 1,100 tokens); (3) the machine: only layers, transfers and the
+gradients' all-reduce are modelled, no data loading, launch gaps or jitter, for any system. Which of these matters most
+only a run on GPUs can tell.
+Against fixed-size micro-batches (padding) the
 gain is larger, against token-based ones smaller. Against variable-length packing, today's practice, which does no
-useless attention, padded micro-batches gain nothing: see the figure "gain over variable-length packing"."""
+useless attention, padded micro-batches gain little for GPT and lose for T5: see "Gain over variable-length packing"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

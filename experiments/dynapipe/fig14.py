@@ -15,8 +15,8 @@ TITLE = "Fig. 14: throughput against global batch size"
 CLAIM = """The paper shows throughput at a maximum sequence length of 2048 for global batches of 16,384 to 131,072
 tokens; its values are not public as numbers. In our simulation
 larger batches help every system: pipelines are idle for a smaller part of the iteration and gradients are synchronised
-less often. DynaPipe's lead over packing grows with the batch for T5, since more samples give it more neighbours of
-similar lengths (with few, packing can be ahead); for GPT it stays about the same."""
+less often. DynaPipe's lead over packing grows with the batch, since more samples give it more neighbours of similar
+lengths; for T5, where two lengths must agree, packing is ahead at the smallest batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

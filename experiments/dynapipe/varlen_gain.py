@@ -21,7 +21,8 @@ it (computed from FlexPipe's, a crude estimate). Here both run under one cost mo
 attention as profiled (padded micro-batches as measured, packs at the profiled kernels' speed), and fused, without score
 matrices, at one and three times the profiled speed. "DynaPipe varlen" is our extension: its partition, balance,
 recomputation and schedule, with micro-batches that concatenate their samples instead of padding them. The paper's
-padded micro-batches do not pay against variable-length packing, least for T5; the planning itself still does."""
+padded micro-batches gain little over variable-length packing for GPT, most at long limits, and lose for T5, whose two
+lengths cannot both be kept equal; what they lose is padding, not planning."""
 
 _BASELINE = "varlen packing"
 _OURS = ("DynaPipe", "DynaPipe varlen")

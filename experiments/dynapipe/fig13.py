@@ -18,7 +18,7 @@ The shape agrees: packing pays for attention across unrelated samples, quadratic
 grows from nothing at 512 to its maximum at 8192, and more for T5, whose packed rows waste decoder tokens as well. The
 best ratio stays below the paper's. What differs, as far as we know: (1) the baseline: ours is searched over all splits,
 micro-batch sizes, kinds of recomputation, ZeRO 1 and 2, and for T5 over the decoder length of a packed row, whose value
-in the paper we do not know; (2) the workload: FLAN v2 itself is not public on a code host, and our lengths are a part of
+in the paper we do not know; (2) the workload: FLAN v2 itself is not public on a code host, and our lengths are part of
 its family in another mixture (99% of inputs under about 1,100 tokens); (3) the machine: only layers, transfers and the
 gradients' all-reduce are modelled, no data loading, launch gaps or jitter, for any system. Which of these matters most
 only a run on GPUs can tell.

@@ -44,7 +44,8 @@ class Packing:
     ``attention`` "padded": every row is computed at full length, attention across its samples included, as in the
     paper's baseline. "varlen": attention only within samples and no work on unused tokens, as in FlashAttention's
     variable-length kernels, which is what people use today.
-    ``max_target_len``: decoder tokens of a row in an encoder-decoder model (default: ``max_len``).
+    ``max_target_len``: decoder tokens of a row in an encoder-decoder model (default: ``max_len`` and the planner's
+    ``decoder_extra_tokens``, so that a row holds any sample truncated to ``max_len``).
     Rows are filled first-fit in the order of arrival. Rows go to replicas in turn.
     """
 

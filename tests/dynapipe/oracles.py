@@ -59,7 +59,8 @@ def run_times(
         if any(s.head for s in stages):
             time = time + head["fw_ms"] + head["bw_ms"]
         free = limit - state
-        time = np.where((in_flight * stored <= free) & ((in_flight - 1) * stored + peak <= free), time, np.inf)
+        before = (in_flight - 1) * stored if in_flight > 1 else 0.0  # 0 times infinity is not a number
+        time = np.where((in_flight * stored <= free) & (before + peak <= free), time, np.inf)
         slowest = np.maximum(slowest, time)
     times = np.full((n, n + 1), np.inf)
     for (i, j), value in zip(runs, slowest.tolist(), strict=True):

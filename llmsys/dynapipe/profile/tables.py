@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 from llmsys.core.costs import GridTable, Hole
 from llmsys.core.errors import InfeasibleError, InputError
 from llmsys.core.specs import Architecture
+from llmsys.dynapipe.config import Recompute
 
 FloatArray = NDArray[np.float64]
-Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 TIME_COLUMNS = ("fw_ms", "bw_ms")

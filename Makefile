@@ -16,7 +16,7 @@ ENV_STAMP := $(VENV)/.llmsys-env
 CPP_FILES := $(sort $(wildcard csrc/*/*.cpp csrc/*/*.h))
 # An editable install holds a map of module names to files, so the stamp's name changes with the list of files.
 TREE_ID := $(shell find llmsys csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' 2>/dev/null | LC_ALL=C sort | cksum | cut -d' ' -f1)
-BUILD_STAMP := build/.built-$(TREE_ID)
+BUILD_STAMP := $(VENV)/.built-$(TREE_ID)
 
 # pyproject.toml is the one list of what the project needs; the lock only says which versions.
 define PRINT_REQUIREMENTS
@@ -37,7 +37,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 help:
 	@echo "make run       environment, build and the main job; prints where the report is"
 	@echo "make test      environment, build, linters and every test"
-	@echo "make env build lint format sanitize clean: the single steps"
+	@echo "make env build lint format sanitize clean: the single steps (clean keeps outputs)"
 
 env: $(ENV_STAMP)
 
@@ -59,7 +59,7 @@ build: $(BUILD_STAMP)
 
 $(BUILD_STAMP): $(ENV_STAMP) $(CPP_FILES) csrc/CMakeLists.txt pyproject.toml
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
-	@mkdir -p build && rm -f build/.built-* && touch $@
+	@rm -f $(VENV)/.built-* && touch $@
 
 run: build
 	$(RUN_CMD)
@@ -91,5 +91,5 @@ sanitize: build
 	    $(PY) -m pytest -m native -p no:cacheprovider -s
 
 clean:
-	rm -rf build dist outputs multirun .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist multirun .mypy_cache .ruff_cache .pytest_cache
 	find llmsys experiments tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -27,6 +27,14 @@ def resolve_data_root(setting: str | None, beside: Path = REPOSITORY) -> Path | 
     """
     if setting is None:
         return None
+    if not setting.strip():
+        # An empty path is the current directory, which nobody means by it.
+        raise DataNotFoundError(
+            "data.root is empty",
+            expected="a directory, auto, or null",
+            found=repr(setting),
+            fix="set data.root to the right directory, or data.root=null to use the shipped quantile tables",
+        )
     if setting != "auto":
         return _existing(Path(setting), "data.root")
     from_environment = os.environ.get(DATA_ROOT_VARIABLE)

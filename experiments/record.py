@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from llmsys.core.errors import InputError
+from llmsys.core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,6 +111,25 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def require_positive(config: object, *names: str, or_zero: bool = False) -> None:
+    """For an experiment's ``Config``: its settings ``names`` must be finite and above 0 (``or_zero``: at least 0).
+
+    A setting that is a tuple needs at least one number, and each must be. Raises ConfigError naming the setting.
+    """
+    allowed = "at least 0" if or_zero else "above 0"
+    for name in names:
+        value = getattr(config, name)
+        is_list = isinstance(value, (tuple, list))
+        numbers = value if is_list else (value,)
+        if not numbers or not all(0 < number < math.inf or (or_zero and number == 0) for number in numbers):
+            raise ConfigError(
+                f"{name} is out of range",
+                expected=("at least one number, each " if is_list else "a number ") + allowed,
+                found=repr(value),
+                fix=f"set settings.{name}",
+            )
+
+
 def rows_to_frame(experiment: str, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The validated rows as a table, with NumPy scalars turned into Python ones.
 
@@ -130,7 +149,12 @@ def rows_to_frame(experiment: str, rows: Sequence[Mapping[str, Any]]) -> pd.Data
 def _valid_row(experiment: str, index: int, row: Mapping[str, Any]) -> Row:
     where = f"experiment {experiment}, row {index}"
     if not isinstance(row, Mapping):
-        raise InputError(f"{where}: not a mapping", expected="column name -> scalar", found=repr(row))
+        raise InputError(
+            f"{where}: not a mapping",
+            expected="column name -> scalar",
+            found=repr(row),
+            fix="let run() return a list of dicts",
+        )
     clean: Row = {}
     for key, value in row.items():
         scalar = value.item() if isinstance(value, np.generic) else value

@@ -270,7 +270,7 @@ def _output_dir(overrides: Sequence[str]) -> Path:
             found=", ".join(wrong),
             fix="choose with --scale and --only",
         )
-    return Path(given.get("output_dir", "outputs"))
+    return Path(settings.checked_output_dir(given.get("output_dir", "outputs")))
 
 
 if __name__ == "__main__":

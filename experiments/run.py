@@ -1,8 +1,8 @@
 """The one entry to run experiments: ``python -m experiments.run experiment=dynapipe/fig13 scale=tiny``.
 
 Hydra composes plain YAML from ``conf/``; an experiment's settings are, later wins: the defaults of its
-``Config``, ``settings`` of its YAML, ``scales.<scale>`` of its YAML, a chosen ``cluster=``, ``model=`` or
-``workload=`` (which replaces the setting of that name), and ``settings.NAME=VALUE`` from the command line.
+``Config``, ``settings`` of its YAML, ``scales.<scale>`` of its YAML, and ``settings.NAME=VALUE`` from the command
+line.
 Results go to ``<output_dir>/<paper>/<figure>/<scale>/``; a sweep over anything else adds a directory named
 after its values.
 """
@@ -41,6 +41,7 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 SETUP_ERRORS = (HydraException, OmegaConfBaseException)
 
 OmegaConf.register_new_resolver("list_experiments", lambda: "\n  ".join(catalog.names()), replace=True)
+OmegaConf.register_new_resolver("checked_output_dir", settings.checked_output_dir, replace=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,9 @@ def execute(name: str, cfg: DictConfig, *, variant: str = "", save: bool = True)
     options = settings.run_options(cfg)
     experiment = catalog.load(name)
     config = settings.build_config(experiment, cfg, options.scale)
+    directory = None
+    if save:
+        directory = Path(settings.checked_output_dir(options.output_dir)) / name / options.scale / variant
     context = record.RunContext(
         seed=options.seed,
         scale=options.scale,
@@ -106,7 +110,6 @@ def execute(name: str, cfg: DictConfig, *, variant: str = "", save: bool = True)
     start_s = time.perf_counter()
     rows = record.rows_to_frame(name, experiment.run(config, context))
     duration_s = time.perf_counter() - start_s
-    directory = Path(options.output_dir) / name / options.scale / variant if save else None
     with _rows_kept(rows, directory):
         figure = experiment.plot(rows.copy())
         comparisons = tuple(experiment.compare(rows.copy()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +18,6 @@ from llmsys.core.config import build
 from llmsys.core.errors import ConfigError
 
 SCALES = ("tiny", "small", "paper")
-GROUPS = ("cluster", "model", "workload")
 # Overrides that do not make a result a different point of a sweep.
 _PLACE_ONLY = ("experiment", "scale", "output_dir", "data.root", "debug")
 _MAX_VARIANT_LENGTH = 100
@@ -58,19 +59,28 @@ def prepare_overrides(words: Sequence[str]) -> list[str]:
 
 def composition_error(error: Exception) -> ConfigError:
     """Hydra's or OmegaConf's error in the form of ours."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, ConfigError):
+        inner = inner.__cause__ or inner.__context__
+    if inner is not None:  # one of our resolvers refused a value
+        return inner
     reasons = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
     # Left out: details of Hydra's inside, and its advice to append the key, which would only move the error.
     noise = ("full_key", "object_type", "To append to your config")
     lines = [line for reason in reasons for line in reason.splitlines() if not line.strip().startswith(noise)]
-    text = "\n".join(dict.fromkeys(line for line in lines if line.strip()))
     return ConfigError(
-        f"the configuration cannot be composed: {text}",
+        "the configuration cannot be composed",
+        expected="words KEY=VALUE of keys in conf/config.yaml",
+        found=" ".join(dict.fromkeys(line.strip() for line in lines if line.strip())),
         fix="see python -m experiments.run --help; an experiment's own settings are settings.NAME=VALUE",
     )
 
 
 def run_options(cfg: DictConfig) -> RunOptions:
-    """The options shared by all experiments. Raises ConfigError for a wrong type or an unknown scale."""
+    """The options shared by all experiments.
+
+    Raises ConfigError for a wrong type, an unknown scale and a negative seed.
+    """
     names = list(RunOptions.__dataclass_fields__)
     options = build(RunOptions, _plain(OmegaConf.masked_copy(cfg, names)))
     if options.scale not in SCALES:
@@ -81,20 +91,42 @@ def run_options(cfg: DictConfig) -> RunOptions:
             found=repr(options.scale),
             fix=f"set scale={near[0] if near else SCALES[0]}",
         )
+    if options.seed < 0:
+        raise ConfigError(
+            "seed is out of range", expected="a whole number, at least 0", found=str(options.seed), fix="set seed=0"
+        )
     return options
 
 
+def checked_output_dir(text: str) -> str:
+    """``text`` if results can be written below that directory, which need not exist; ConfigError otherwise."""
+    path = Path(text).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    problem = ""
+    if not text.strip():
+        problem = "no text"
+    elif not existing.is_dir():
+        problem = f"{existing} is a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        problem = f"{existing} cannot be written to"
+    if problem:
+        raise ConfigError(
+            "results cannot be written below output_dir",
+            expected="a directory, or a path at which one can be made",
+            found=problem,
+            fix="set output_dir to another directory",
+        )
+    return text
+
+
 def build_config(experiment: catalog.Experiment, cfg: DictConfig, scale: str) -> Any:
-    """The experiment's ``Config``: settings of its YAML, then of the scale, then chosen groups, then command
-    line.
+    """The experiment's ``Config``: settings of its YAML, then of the scale, then of the command line.
 
     Raises ConfigError for unknown keys, naming the nearest valid one.
     """
     parts = yaml_parts(experiment.name, _plain(cfg.get("experiment") or {}))
-    merged = _plain(OmegaConf.merge(parts["settings"], parts["scales"].get(scale) or {}))
-    chosen = {group: _plain(cfg[group]) for group in GROUPS if cfg.get(group) is not None}
-    merged = _plain(OmegaConf.merge(merged | chosen, cfg.get("settings") or {}))
-    return build(experiment.config_type, merged, "settings")
+    merged = OmegaConf.merge(parts["settings"], parts["scales"].get(scale) or {}, cfg.get("settings") or {})
+    return build(experiment.config_type, _plain(merged), "settings")
 
 
 def yaml_parts(name: str, content: Mapping[str, Any]) -> dict[str, Any]:

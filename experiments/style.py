@@ -170,7 +170,7 @@ def grouped_bars(
         mine = mine.set_index(category).reindex(groups)
         x = np.arange(len(groups)) + (rank - (len(series) - 1) / 2) * width
         failed = _flags(mine, out_of_memory)
-        heights = np.where(failed, np.nan, mine[value].to_numpy(dtype=float))
+        heights = np.where(failed, np.nan, _numbers(mine, value))
         _draw_bars(ax, x, heights, width * 0.92, colors[name], source)
         mark_out_of_memory(ax, x[failed])
     ax.set_xticks(np.arange(len(groups)), [str(group) for group in groups])
@@ -194,6 +194,11 @@ def _flags(rows: pd.DataFrame, column: str) -> np.ndarray:
     if column not in rows:
         return np.zeros(len(rows), dtype=bool)
     return np.array([value is not None and value == True for value in rows[column]], dtype=bool)  # noqa: E712
+
+
+def _numbers(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """Column as floats; NaN where it has none, or where no row has it, as when everything is out of memory."""
+    return rows[column].to_numpy(dtype=float) if column in rows else np.full(len(rows), np.nan)
 
 
 def mark_out_of_memory(ax: Axes, x: Sequence[float] | np.ndarray) -> None:
@@ -227,7 +232,7 @@ def lines(
         mine = rows[(rows[method] == name) & (rows["source"] == source)].sort_values(x)
         ax.plot(
             mine[x].to_numpy(),
-            mine[y].to_numpy(dtype=float),
+            _numbers(mine, y),
             color=colors[name],
             linestyle=look.line,
             **_marker(look, colors[name]),
@@ -265,7 +270,8 @@ def boxes(
     width = 0.8 / max(len(series), 1)
     for rank, (name, source) in enumerate(series):
         mine = rows[(rows[method] == name) & (rows["source"] == source)]
-        samples = [mine.loc[mine[category] == group, value].dropna().to_numpy(dtype=float) for group in groups]
+        found = [_numbers(mine[mine[category] == group], value) for group in groups]
+        samples = [numbers[np.isfinite(numbers)] for numbers in found]
         look = SOURCE_STYLES[source]
         drawn = ax.boxplot(
             samples,
@@ -330,7 +336,7 @@ def legend(
     ]
     handles += [_source_handle(rows, source) for source in SOURCE_STYLES if (rows["source"] == source).any()]
     if _flags(rows, out_of_memory).any():
-        handles.append(Line2D([], [], linestyle="none", label="out of memory", **_OUT_OF_MEMORY_MARK))
+        handles.append(Line2D([], [], linestyle="none", label="out of memory or not profiled", **_OUT_OF_MEMORY_MARK))
     columns = num_columns or min(len(handles), 4)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from llmsys.core import errors
+
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 500
 
@@ -55,6 +57,8 @@ TORCH_ALLOWED = (
 EXPERIMENT_LIBRARIES = ("hydra", "omegaconf", "matplotlib", "pandas")
 FIGURE_CONTRACT = {"TITLE", "CLAIM", "Config", "run", "plot", "compare"}
 FORBIDDEN_NAMES = ("utils", "util")
+ERROR_CLASSES = {n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.LlmsysError)}
+ERROR_TEXTS = ("expected", "found", "fix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +114,12 @@ def _imports_of(name: str, modules: dict[str, Path]) -> Iterator[Import]:
 
 
 def _is_dynamic_import(node: ast.Call) -> bool:
-    called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     constant = bool(node.args) and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
-    return called in ("import_module", "__import__") and constant
+    return _called_name(node) in ("import_module", "__import__") and constant
+
+
+def _called_name(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def _layer(module: str) -> int | None:
@@ -259,6 +266,26 @@ def figure_violations(tree: Tree) -> list[str]:
     return found
 
 
+def error_violations(tree: Tree) -> list[str]:
+    """Every error says what was expected, what was found and how to fix it, or is passed these as **keywords."""
+    found = []
+    for module, path in tree.modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and _called_name(node) in ERROR_CLASSES:
+                given = {k.arg for k in node.keywords if not _may_be_empty(k.value)}
+                missing = [] if None in given else [text for text in ERROR_TEXTS if text not in given]
+                if missing:
+                    found.append(f"{module}:{node.lineno} {_called_name(node)} without {', '.join(missing)}")
+    return found
+
+
+def _may_be_empty(value: ast.expr) -> bool:
+    """Whether it is written as "", also in one arm of a conditional expression."""
+    if isinstance(value, ast.IfExp):
+        return _may_be_empty(value.body) or _may_be_empty(value.orelse)
+    return isinstance(value, ast.Constant) and not value.value
+
+
 IMPORT_WITH_HIDDEN = """
 import importlib, json, sys
 root, hidden, modules = json.load(sys.stdin)
@@ -310,6 +337,7 @@ RULES: tuple[Callable[[Tree], list[str]], ...] = (
     name_violations,
     size_violations,
     figure_violations,
+    error_violations,
     hidden_import_violations,
 )
 
@@ -345,6 +373,7 @@ GOOD = {
     "llmsys/core/native.py": "from llmsys import _C\nimport llmsys._C\n",
     "llmsys/core/errors.py": "class E(Exception): ...\n",
     "llmsys/comm/p2p.py": "import torch\nfrom llmsys.core import errors\n",
+    "llmsys/comm/tcp.py": "def f(e, **k):\n    g(PlanError('', expected=e, found=e, fix='x'), InputError('', **k))\n",
     "llmsys/dynapipe/workload.py": "from llmsys.core.errors import E\n",
     "llmsys/dynapipe/plan.py": "from . import workload\n",
     "llmsys/dynapipe/communication.py": "from .plan import __doc__\n",
@@ -435,6 +464,13 @@ BROKEN: list[tuple[Callable[[Tree], list[str]], str, str, str]] = [
         "experiments/dynapipe/fig13.py",
         "def run(cfg): ...\n",
         "does not define CLAIM, Config, TITLE, compare, plot",
+    ),
+    (error_violations, "llmsys/core/a.py", "raise InputError('', expected='', fix='x')\n", "without expected, found"),
+    (
+        error_violations,
+        "experiments/a.py",
+        "\ne = errors.ConfigError('', expected=x, found=x, fix='x' if x else '')\n",
+        "experiments.a:2 ConfigError without fix",
     ),
     (hidden_import_violations, "llmsys/core/a.py", "import torch\n", "torch is hidden"),
     (

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from llmsys.core.costs import Hole
-from llmsys.core.errors import ConfigError
+from llmsys.core.errors import ConfigError, InputError
 from llmsys.core.specs import NODES, Architecture, ClusterSpec, LinkSpec, ModelSpec
 from llmsys.dynapipe.config import Parallelism, PlannerConfig
 from llmsys.dynapipe.costs import CostModel
@@ -161,8 +161,15 @@ def batches(
 def fixed_size_batch(
     data_root: Path | None, architecture: Architecture, num_samples: int, max_len: int, seed: int
 ) -> Samples:
-    """``num_samples`` distinct random samples, cut to ``max_len``."""
+    """``num_samples`` distinct random samples, cut to ``max_len``. InputError when the workload has fewer."""
     table = lengths(data_root)
+    if num_samples > len(table):
+        raise InputError(
+            "the workload has too few samples",
+            expected=f"at least {num_samples} samples",
+            found=f"{len(table)} samples",
+            fix="lower settings.num_samples" + ("" if data_root else " or set data.root to the real files"),
+        )
     chosen = np.random.default_rng(seed).permutation(len(table))[:num_samples]
     return Samples.of(architecture, table.input_tokens[chosen], table.target_tokens[chosen]).truncate(max_len)
 
@@ -209,10 +216,9 @@ def timed_plans(
     """The plans of ``num_repeats`` runs of the whole planner, and the CPU seconds of each (one thread).
 
     Whole means from lengths to checked instruction lists: order, partition, schedule search, communication, checks.
-    Costs are prepared before the clock starts: a training run does that once.
+    One run before the clock starts prepares the costs, which a training run does once, and warms the caches.
     """
-    for recompute in config.recompute:
-        costs.native_tables(recompute)
+    plan_iteration(samples, costs, config)
     plans, cpu_s = [], []
     for _ in range(num_repeats):
         start_s = time.process_time()

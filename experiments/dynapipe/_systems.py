@@ -43,7 +43,7 @@ _TARGET_PARTS = (1, 2, 4, 8)
 _ZERO_STAGES = (1, 2)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Point:
     """One bar of a figure: a model, a longest sequence and a global batch size, on real batches.
 
@@ -103,6 +103,8 @@ def run_point(
     return rows
 
 
+# "MLM+DS (C)" asks for DynaPipe's choice again. Points are compared by identity.
+@cache
 def choose(system: str, point: Point, config: PlannerConfig, among: tuple[Parallelism, ...] | None) -> Choice | None:
     """The best option of a system over all batches; None when nothing runs them all (out of memory).
 

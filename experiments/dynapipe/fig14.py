@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments.dynapipe._systems import SYSTEMS
 from experiments.dynapipe._throughput import panels, run_points, speedups
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
 
 TITLE = "Fig. 14: throughput against global batch size"
 CLAIM = """The paper shows throughput at a maximum sequence length of 2048 for global batches of 16,384 to 131,072
@@ -28,6 +28,9 @@ class Config:
     tokens_per_batch: tuple[int, ...] = (16_384, 32_768, 65_536, 131_072)
     num_batches: int = 3
     systems: tuple[str, ...] = SYSTEMS[:6]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_len", "tokens_per_batch", "num_batches")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments import style
 from experiments.dynapipe._throughput import run_points
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
 
 TITLE = "Fig. 15: padding efficiency"
 CLAIM = """The paper plots real over padded tokens for packing (MLM+DS) and DynaPipe on 8 GPUs, T5 split into encoder
@@ -31,6 +31,9 @@ class Config:
     batch_sizes: tuple[int, ...] = (16_384, 32_768, 65_536, 131_072)
     max_len: int = 2048
     num_batches: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_lens", "tokens_per_batch", "batch_sizes", "max_len", "num_batches")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:

@@ -11,13 +11,14 @@ from matplotlib.colors import LogNorm
 
 from experiments import style
 from experiments.dynapipe._setup import batches, cost_model, paper_model, simulated_device
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, finite, require_positive
 from llmsys.core.errors import InfeasibleError
 from llmsys.dynapipe.config import Parallelism, PlannerConfig
 from llmsys.dynapipe.planner import plan_iteration
 from llmsys.dynapipe.simulator import simulate
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLE = "Figure 18b: estimated and simulated peak memory"
@@ -40,6 +41,9 @@ class Config:
     tokens_per_batch: int = 65_536
     max_len: int = 2048
     num_iterations: int = 4
+
+    def __post_init__(self) -> None:
+        require_positive(self, "memory_limits_mb", "tokens_per_batch", "max_len", "num_iterations")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:
@@ -76,7 +80,7 @@ def _rows(model: str, limit_mb: float, rule: str, cfg: Config, context: RunConte
         try:
             plan = plan_iteration(samples, planned, config)
         except InfeasibleError:
-            rows.append(shared | {"out_of_memory": True})
+            rows.append(shared | {"out_of_memory": True, "estimated_mb": None, "simulated_mb": None})
             continue
         result = simulate(plan, actual)
         for replica, (expected, simulated) in enumerate(zip(plan.replicas, result.replicas, strict=True)):
@@ -91,18 +95,15 @@ def plot(rows: pd.DataFrame) -> Figure:
     left, right = axes[0]
     fitting = rows.dropna(subset=["estimated_mb"])
     counted = fitting[fitting["method"] == COUNTED]
-    peaks_gb = counted[["estimated_mb", "simulated_mb"]].to_numpy() / 1e3
-    edges = np.linspace(np.floor(peaks_gb.min()), np.ceil(peaks_gb.max()), 41)
-    left.axline((edges[0], edges[0]), slope=1, color=style.GREY, linewidth=0.8)
-    *_, image = left.hist2d(
-        peaks_gb[:, 0], peaks_gb[:, 1], bins=[edges, edges], cmap="Blues", norm=LogNorm(vmin=0.5), cmin=1
-    )
-    figure.colorbar(image, ax=left, label="devices and iterations", shrink=0.85)
+    if len(counted):
+        _draw_peaks(figure, left, counted)
+    else:
+        left.text(0.5, 0.5, "nothing fits", transform=left.transAxes, ha="center", va="center")
     left.set(title=COUNTED[0].upper() + COUNTED[1:], xlabel="estimated peak (GB)", ylabel="simulated peak (GB)")
     left.set_aspect("equal")
 
     highest = _highest(fitting)
-    limits = sorted(set(highest["limit_mb"]))
+    limits = sorted(set(rows["limit_mb"]))
     labelled = highest.assign(limit=highest["limit_mb"] / 1e3, percent=100 * highest["part"])
     style.boxes(right, labelled, category="limit", value="percent", categories=[limit / 1e3 for limit in limits])
     right.set_xticks(range(len(limits)), [f"{limit / 1e3:g}" for limit in limits])
@@ -113,9 +114,19 @@ def plot(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def _draw_peaks(figure: Figure, ax: Axes, rows: pd.DataFrame) -> None:
+    peaks_gb = rows[["estimated_mb", "simulated_mb"]].to_numpy(dtype=float) / 1e3
+    edges = np.linspace(np.floor(peaks_gb.min()), np.ceil(peaks_gb.max()), 41)
+    ax.axline((edges[0], edges[0]), slope=1, color=style.GREY, linewidth=0.8)
+    *_, image = ax.hist2d(
+        peaks_gb[:, 0], peaks_gb[:, 1], bins=[edges, edges], cmap="Blues", norm=LogNorm(vmin=0.5), cmin=1
+    )
+    figure.colorbar(image, ax=ax, label="devices and iterations", shrink=0.85)
+
+
 def _highest(rows: pd.DataFrame) -> pd.DataFrame:
     """The part of the limit that the highest device of each iteration takes."""
-    part = rows["simulated_mb"] / rows["limit_mb"]
+    part = rows["simulated_mb"].astype(float) / rows["limit_mb"]
     keys = ["model", "method", "limit_mb", "iteration", "source", "device"]
     return rows.assign(part=part).groupby(keys, sort=False)["part"].max().reset_index()
 
@@ -125,7 +136,7 @@ def compare(rows: pd.DataFrame) -> list[Comparison]:
     result = []
     for method in (COUNTED, LEFT_OUT):
         mine = fitting[fitting["method"] == method]
-        deviation_mb = float((mine["simulated_mb"] - mine["estimated_mb"]).abs().max())
+        deviation_mb = finite((mine["simulated_mb"] - mine["estimated_mb"]).abs().max())
         highest = _highest(mine)
         above = int((highest["part"] > 1 + 1e-9).sum())
         fails = int(rows[rows["method"] == method]["out_of_memory"].sum())
@@ -134,7 +145,7 @@ def compare(rows: pd.DataFrame) -> list[Comparison]:
             Comparison(name=f"{method}: largest deviation", paper=None, ours=deviation_mb, unit="MB", note=note),
             Comparison(name=f"{method}: iterations above the limit", paper=None, ours=float(above), unit="", note=note),
             Comparison(
-                name=f"{method}: highest peak", paper=None, ours=100 * float(highest["part"].max()), unit="% of limit"
+                name=f"{method}: highest peak", paper=None, ours=finite(100 * highest["part"].max()), unit="% of limit"
             ),
         ]
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import pandas as pd
 from experiments import style
 from experiments.dynapipe._reference import REFERENCE_FILE, ReferenceCase, load_cases
 from experiments.dynapipe._setup import MEMORY_LIMIT_MB, batches, simulated_device, timed_plans
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
 from llmsys.core.errors import ConfigError, DataNotFoundError
 from llmsys.dynapipe.config import Parallelism, PlannerConfig
 from llmsys.dynapipe.costs import CostModel
@@ -47,6 +48,9 @@ class Config:
 
     cases: tuple[str, ...] = ()
     num_repeats: int = 5
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_repeats")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:
@@ -97,7 +101,8 @@ def _our_rows(case: ReferenceCase, cfg: Config, context: RunContext) -> list[Row
     rows: list[Row] = []
     for method, counted in ((OURS, False), (OURS_FULL, True)):
         costs = case.costs(context.data_root, count_backward_extra=counted)
-        plans, cpu_s = timed_plans(case.samples, costs, case.config, max(2, cfg.num_repeats))
+        config = dataclasses.replace(case.config, seed=context.seed)
+        plans, cpu_s = timed_plans(case.samples, costs, config, max(2, cfg.num_repeats))
         plan, result = plans[0], simulate(plans[0], costs)
         shared = _shared(case, method, context) | {"identical_plans": len({to_bytes(p) for p in plans}) == 1}
         rows.append(
@@ -176,9 +181,24 @@ def _text_table(rows: list[Row]) -> str:
             for column, (unit, digits) in columns.items():
                 number = value_of(table, case, method, column)
                 line[f"{name} {unit}"] = "" if number is None else format(number, digits)
+        public_cpu, cpu = (value_of(table, case, m, "planning_cpu_s") for m in (PUBLIC, OURS))
+        times = public_cpu / cpu if public_cpu and cpu else None
+        line["CPU ratio"] = "" if times is None else f"{times:.0f}x"
+        line["targets"] = _verdict(table, case, times)
         lines.append(line)
     text = pd.DataFrame(lines)
     return str(text.loc[:, (text != "").any()].replace("", "-").to_string(index=False))
+
+
+def _verdict(rows: pd.DataFrame, case: str, cpu_ratio: float | None) -> str:
+    """Whether a case meets its targets; nothing without a reference."""
+    ours, public = (value_of(rows, case, method, "iteration_ms") for method in (OURS, PUBLIC))
+    if ours is None or public is None:
+        return ""
+    missed = [] if ours <= public else ["iteration"]
+    if cpu_ratio is not None and cpu_ratio < MIN_SPEEDUP:
+        missed.append("CPU time")
+    return "missed: " + ", ".join(missed) if missed else "met"
 
 
 def value_of(rows: pd.DataFrame, case: str, method: str, column: str) -> float | None:

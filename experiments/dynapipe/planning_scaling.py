@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments import style
 from experiments.dynapipe._setup import MEMORY_LIMIT_MB, cost_model, fixed_size_batch, paper_model, timed_plans
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
 from llmsys.dynapipe.config import Parallelism, PlannerConfig
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class Config:
     num_samples: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     num_repeats: int = 3
     max_len: int = 2048
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_samples", "num_repeats", "max_len")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from experiments import style
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
 from llmsys.dynapipe.config import PlannerConfig
 from llmsys.dynapipe.costs import MicroBatchCosts
 from llmsys.dynapipe.schedule import find_schedule
@@ -52,6 +52,11 @@ class Config:
     num_micro_batches: int = 16
     num_draws: int = 10
 
+    def __post_init__(self) -> None:
+        # Both swept settings are drawn on a logarithmic axis.
+        require_positive(self, "stds", "comm_factors", "num_stages", "num_micro_batches", "num_draws")
+        require_positive(self, "base_std", "base_comm_factor", or_zero=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
@@ -64,9 +69,9 @@ class Point:
 def run(cfg: Config, context: RunContext) -> list[Row]:
     rows: list[Row] = []
     for point in context.progress(list(_points(cfg)), "points"):
-        for seed in range(context.seed, context.seed + cfg.num_draws):
-            costs = _costs(point, _time_factors(point.std, cfg.num_micro_batches, seed))
-            rows += _rows(point, costs, seed)
+        for draw in range(cfg.num_draws):
+            costs = _costs(point, _time_factors(point.std, cfg.num_micro_batches, context.seed, draw))
+            rows += [row | {"draw": draw} for row in _rows(point, costs, context.seed)]
     return rows
 
 
@@ -78,8 +83,9 @@ def _points(cfg: Config) -> Iterator[Point]:
             yield Point(sweep="comm_factor", num_stages=stages, std=cfg.base_std, comm_factor=factor)
 
 
-def _time_factors(std: float, count: int, seed: int) -> NDArray[np.float64]:
-    drawn = np.clip(np.random.default_rng(seed).normal(1.0, std, count), *FACTOR_RANGE)
+def _time_factors(std: float, count: int, seed: int, draw: int) -> NDArray[np.float64]:
+    # Both numbers seed the generator: seed + draw would give neighbouring seeds nearly the same draws.
+    drawn = np.clip(np.random.default_rng([seed, draw]).normal(1.0, std, count), *FACTOR_RANGE)
     factors: NDArray[np.float64] = drawn / drawn.mean()
     return factors
 

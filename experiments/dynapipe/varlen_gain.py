@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from experiments import style
 from experiments.dynapipe._setup import batches, paper_model
 from experiments.dynapipe._systems import Point, run_point
-from experiments.record import Comparison, Row, RunContext
+from experiments.record import Comparison, Row, RunContext, require_positive
+from llmsys.core.errors import ConfigError
 
 TITLE = "Gain over variable-length packing (our own figure)"
 CLAIM = """The paper compares with packing that attends over the whole packed row. Today's packing uses variable-length
@@ -37,6 +38,16 @@ class Config:
     fused_speedups: tuple[float, ...] = (0.0, 1.0, 3.0)
     tokens_per_batch: int = 65_536
     num_batches: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_lens", "tokens_per_batch", "num_batches")
+        if not self.fused_speedups or not all(s == 0 or 1 <= s < np.inf for s in self.fused_speedups):
+            raise ConfigError(
+                "fused_speedups is out of range",
+                expected="at least one number, each 0 (as profiled) or at least 1",
+                found=repr(self.fused_speedups),
+                fix="set settings.fused_speedups",
+            )
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:

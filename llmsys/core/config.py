@@ -46,7 +46,7 @@ def build(cls: type[T], mapping: Mapping[str, object], path: str = "") -> T:
     try:
         return cast(T, cls(**values))
     except ValueError as error:
-        raise _with_path(error, path) from error
+        raise _with_path(error, path, cls.__name__, mapping) from error
 
 
 def to_plain(obj: object) -> Any:
@@ -81,18 +81,31 @@ def load_yaml(path: str | Path) -> dict[str, object]:
     file = Path(path)
     if not file.is_file():
         raise DataNotFoundError(
-            f"no configuration file at {file}", expected="a YAML file", fix="check the path and its directory"
+            f"no configuration file at {file}",
+            expected="a YAML file",
+            found="a directory" if file.is_dir() else "nothing at this path",
+            fix="check the path and its directory",
         )
     try:
         text = file.read_text(encoding="utf-8")
         _refuse_duplicate_keys(file, yaml.compose(text, Loader=yaml.SafeLoader))
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML", found=" ".join(str(error).split())) from error
+        raise ConfigError(
+            f"{file} is not valid YAML",
+            expected="key: value lines",
+            found=" ".join(str(error).split()),
+            fix="correct the file at that line",
+        ) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} has no mapping at its top level", expected="key: value lines", found=_show(content))
+        raise ConfigError(
+            f"{file} has no mapping at its top level",
+            expected="key: value lines",
+            found=_show(content),
+            fix="put the values of the file under keys",
+        )
     return cast("dict[str, object]", content)
 
 
@@ -210,7 +223,7 @@ def _convert_literal(choices: tuple[Any, ...], value: object, path: str) -> Any:
         f"{path}: not one of the allowed values",
         expected="one of " + ", ".join(repr(choice) for choice in choices),
         found=_show(value),
-        fix=f"did you mean {near[0]!r}?" if near else "",
+        fix=f"did you mean {near[0]!r}?" if near else f"set {path} to one of them",
     )
 
 
@@ -225,6 +238,7 @@ def _convert_sequence(hint: Any, value: object, path: str) -> Any:
                 f"{path}: wrong number of entries",
                 expected=f"{len(wanted)} entries ({_type_name(hint)})",
                 found=f"{len(value)} entries: {value!r}",
+                fix=f"give {path} {len(wanted)} entries",
             )
         return tuple(
             _convert(arg, item, f"{path}[{i}]") for i, (arg, item) in enumerate(zip(wanted, value, strict=True))
@@ -276,21 +290,32 @@ def _check_keys(
         )
 
 
-def _with_path(error: ValueError, path: str) -> LlmsysError:
+def _with_path(error: ValueError, path: str, owner: str, mapping: Mapping[str, object]) -> LlmsysError:
     prefix = f"{path}: " if path else ""
     if isinstance(error, LlmsysError):
         return ConfigError(prefix + error.summary, expected=error.expected, found=error.found, fix=error.fix)
-    return ConfigError(prefix + str(error))
+    return ConfigError(
+        prefix + str(error),
+        expected=f"values that {owner} accepts",
+        found=_show(dict(mapping)),
+        fix=f"change a key of {path or owner}",
+    )
 
 
 def _wrong_type(path: str, expected: str, value: object, fix: str = "") -> ConfigError:
-    return ConfigError(f"{path or 'top level'}: wrong type", expected=expected, found=_show(value), fix=fix)
+    name = path or "top level"
+    return ConfigError(f"{name}: wrong type", expected=expected, found=_show(value), fix=fix or f"change {name}")
 
 
 def _plain_key(key: object) -> str:
     if isinstance(key, str):
         return key
-    raise ConfigError("a mapping key cannot be written as a setting", expected="text", found=_show(key))
+    raise ConfigError(
+        "a mapping key cannot be written as a setting",
+        expected="text",
+        found=_show(key),
+        fix="convert the key to text before",
+    )
 
 
 def _join(path: str, name: str) -> str:

@@ -71,21 +71,28 @@ class GridTable:
         names = tuple(axis_names) or tuple(f"axis {number}" for number in range(len(axes)))
         if not axes or len(names) != len(axes):
             raise InputError(
-                "a table needs at least one axis, and one name for each if names are given",
+                "axes and axis_names do not fit",
+                expected="at least one axis, and one name for each if names are given",
                 found=f"{len(axes)} axes, names {names}",
+                fix="set axes, and axis_names to as many names or to none",
             )
         clean_axes = tuple(_checked_axis(axis, name) for axis, name in zip(axes, names, strict=True))
         shape = tuple(len(axis) for axis in clean_axes)
         if not columns or not set(memory) <= set(columns):
             raise InputError(
-                "a table needs at least one column, and memory may only name columns",
+                "columns and memory do not fit",
+                expected="at least one column, and only names of columns in memory",
                 found=f"columns {sorted(columns)}, memory {sorted(memory)}",
+                fix="add the columns, or take the unknown names out of memory",
             )
         if hole not in ("infeasible", "extrapolate"):
-            raise InputError("unknown rule for holes", expected="'infeasible' or 'extrapolate'", found=repr(hole))
+            raise InputError(
+                "unknown rule for holes", expected="'infeasible' or 'extrapolate'", found=repr(hole), fix="set hole"
+            )
         if hole == "extrapolate" and clean_axes[-1][0] <= 0:
             raise InputError(
                 f"{names[-1]} must be above 0 to extrapolate in proportion to it",
+                expected=f"values of {names[-1]} above 0",
                 found=f"smallest value {clean_axes[-1][0]}",
                 fix="use hole='infeasible' or drop that value",
             )
@@ -118,11 +125,17 @@ class GridTable:
                 "query points do not fit the table",
                 expected=f"an array of shape (n, {len(self.axes)}) of numbers: {', '.join(self.axis_names)}",
                 found=f"shape {coordinates.shape}, {int(np.isnan(coordinates).sum())} NaN",
+                fix=f"pass points with {len(self.axes)} columns and no NaN",
             )
         names = list(self.columns) if columns is None else list(columns)
         unknown = [name for name in names if name not in self.columns]
         if unknown:
-            raise InputError("the table has no such column", expected=f"of {list(self.columns)}", found=str(unknown))
+            raise InputError(
+                "the table has no such column",
+                expected=f"of {list(self.columns)}",
+                found=str(unknown),
+                fix="take these names out of the argument columns",
+            )
         above = np.zeros(len(coordinates), dtype=np.bool_)
         for number, axis in enumerate(self.axes):
             above |= coordinates[:, number] > axis[-1]
@@ -170,7 +183,9 @@ def roofline_ms(
     """
     for name, value in (("compute_efficiency", compute_efficiency), ("memory_efficiency", memory_efficiency)):
         if not 0 < value <= 1:
-            raise InputError(f"{name} is not a fraction", expected="above 0, at most 1", found=str(value))
+            raise InputError(
+                f"{name} is not a fraction", expected="above 0, at most 1", found=str(value), fix=f"set {name}"
+            )
     _require_amount("flops", flops)
     _require_amount("num_bytes", num_bytes)
     compute_s = flops / (device.peak_16bit_tflops * 1e12 * compute_efficiency)
@@ -197,19 +212,27 @@ def alpha_beta_ms(size_mb: float | FloatArray, link: LinkSpec | None) -> float |
 def ring_all_reduce_ms(size_mb: float, num_ranks: int, link: LinkSpec) -> float:
     """Time of a ring all-reduce of ``size_mb`` per rank: 2 (n - 1) steps that each move 1/n of it."""
     if num_ranks < 1:
-        raise InputError("an all-reduce needs a rank", expected="num_ranks >= 1", found=str(num_ranks))
+        raise InputError(
+            "an all-reduce needs a rank", expected="num_ranks >= 1", found=str(num_ranks), fix="set num_ranks"
+        )
     return 2 * (num_ranks - 1) * alpha_beta_ms(size_mb / num_ranks, link)
 
 
 def _checked_axis(values: ArrayLike, name: str) -> FloatArray:
     axis = np.array(values, dtype=np.float64, order="C")
     if axis.ndim != 1 or len(axis) == 0:
-        raise InputError(f"{name} is not a list of values", expected="at least one", found=f"shape {axis.shape}")
+        raise InputError(
+            f"{name} is not a list of values",
+            expected="a one-dimensional list of at least one value",
+            found=f"shape {axis.shape}",
+            fix=f"change the values of {name} in axes",
+        )
     if not np.isfinite(axis).all() or (np.diff(axis) <= 0).any():
         raise InputError(
             f"{name} is not strictly increasing",
             expected="finite, increasing values",
             found=str(axis.tolist()),
+            fix=f"sort the values of {name} in axes and drop repeated ones",
         )
     axis.setflags(write=False)
     return axis
@@ -219,16 +242,25 @@ def _checked_column(values: ArrayLike, name: str, shape: tuple[int, ...]) -> Flo
     grid = np.array(values, dtype=np.float64, order="C")
     if grid.shape != shape:
         raise InputError(
-            f"column {name!r} does not fit the axes", expected=f"shape {shape}", found=f"shape {grid.shape}"
+            f"column {name!r} does not fit the axes",
+            expected=f"shape {shape}",
+            found=f"shape {grid.shape}",
+            fix="give the column one value for each point of the axes, NaN where nothing was measured",
         )
     if np.isnan(grid).all():
-        raise InputError(f"column {name!r} has no measured point", found="NaN everywhere")
+        raise InputError(
+            f"column {name!r} has no measured point",
+            expected="at least one number",
+            found=f"NaN at all {grid.size} points",
+            fix="leave the column out, or measure it",
+        )
     if (grid < 0).any() or np.isinf(grid).any():
         bad = grid[(grid < 0) | np.isinf(grid)]
         raise InputError(
             f"column {name!r} has values that are no cost",
             expected="finite values of at least 0, and NaN where nothing was measured",
-            found=f"{len(bad)} such values, the first is {bad[0]}",
+            found=f"{len(bad)} other values, the first is {bad[0]}",
+            fix="correct them, or write NaN in their place",
         )
     return grid
 
@@ -265,4 +297,4 @@ def _weighted_sum(
 
 def _require_amount(name: str, value: float | FloatArray) -> None:
     if not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
-        raise InputError(f"{name} is not an amount", expected="finite, at least 0", found=str(value))
+        raise InputError(f"{name} is not an amount", expected="finite, at least 0", found=str(value), fix=f"set {name}")

@@ -34,6 +34,7 @@ class LaneOp:
                 f"op {self.op_id!r} has an impossible duration",
                 expected="a finite duration_ms of at least 0",
                 found=str(self.duration_ms),
+                fix="set duration_ms",
             )
 
 
@@ -95,12 +96,14 @@ def _number_ops(
                     f"op {op.op_id!r} is in the list of another lane",
                     expected=f"only ops of lane {lane!r} in its list",
                     found=f"an op of lane {op.lane!r}",
+                    fix=f"move it to the list of lane {op.lane!r}, or set its lane",
                 )
             if number_of.setdefault(op.op_id, len(ops)) != len(ops):
                 raise PlanError(
                     f"op {op.op_id!r} is given twice",
                     expected="each op_id once",
                     found=f"on lanes {ops[number_of[op.op_id]].lane!r} and {lane!r}",
+                    fix="give one of them another op_id, or remove it",
                 )
             ops.append(op)
             lane_of.append(lane_number)
@@ -117,6 +120,7 @@ def _missing_dependency(ops: Sequence[LaneOp], known: Container[Hashable]) -> Pl
         f"op {op.op_id!r} of lane {op.lane!r} depends on an op that no lane runs",
         expected="depends_on to name ops of the given lists",
         found=repr(needed),
+        fix="take it out of depends_on, or add that op to a lane",
     )
 
 
@@ -209,6 +213,7 @@ class EventLoop:
                 "an event cannot be scheduled then",
                 expected=f"a finite time, not before now ({self._now_ms} ms)",
                 found=f"{at_ms} ms",
+                fix="set at_ms, for example to now_ms plus a delay",
             )
         heapq.heappush(self._queue, (at_ms, self._num_scheduled, callback))
         self._num_scheduled += 1
@@ -259,7 +264,9 @@ class FairShareLink:
         Transfers that finish together call back in the order of their start. ``max_gb_per_s`` caps this one.
         """
         if not 0 <= size_bytes < math.inf:
-            raise InputError("not a transfer size", expected="finite, at least 0", found=f"{size_bytes} bytes")
+            raise InputError(
+                "not a transfer size", expected="finite, at least 0", found=f"{size_bytes} bytes", fix="set size_bytes"
+            )
         cap = max_gb_per_s if max_gb_per_s == math.inf else _positive("max_gb_per_s", max_gb_per_s)
         self._settle()
         self._active.append(_Transfer(remaining_bytes=float(size_bytes), cap_bytes_per_ms=1e6 * cap, on_done=on_done))
@@ -306,12 +313,17 @@ def poisson_arrivals_ms(*, rate_per_s: float, num_arrivals: int, seed: int) -> N
     """Increasing times in ms of the first arrivals of a Poisson process from time 0, (num_arrivals,)."""
     _positive("rate_per_s", rate_per_s)
     if num_arrivals < 0:
-        raise InputError("a negative number of arrivals", expected="num_arrivals >= 0", found=str(num_arrivals))
+        raise InputError(
+            "a negative number of arrivals",
+            expected="num_arrivals >= 0",
+            found=str(num_arrivals),
+            fix="set num_arrivals",
+        )
     gaps_s = np.random.default_rng(seed).exponential(1.0 / rate_per_s, size=num_arrivals)
     return np.asarray(1e3 * np.cumsum(gaps_s), dtype=np.float64)
 
 
 def _positive(name: str, value: float) -> float:
     if not 0 < value < math.inf:
-        raise InputError(f"{name} is out of range", expected="finite, above 0", found=str(value))
+        raise InputError(f"{name} is out of range", expected="finite, above 0", found=str(value), fix=f"set {name}")
     return value

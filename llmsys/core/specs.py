@@ -13,7 +13,9 @@ Architecture = Literal["decoder_only", "encoder_decoder"]
 
 def _require_name(owner: str, name: str) -> None:
     if not name:
-        raise ConfigError(f"{owner}: empty name", expected="a name that errors can use", fix="set name")
+        raise ConfigError(
+            f"{owner}: empty name", expected="a name that errors can use", found=f"name = {name!r}", fix="set name"
+        )
 
 
 def _require_positive(owner: str, field: str, value: float) -> None:
@@ -136,6 +138,11 @@ class ModelSpec:
             _require_count(self.name, "num_encoder_layers", self.num_encoder_layers)
         elif self.num_encoder_layers != 0:
             raise _out_of_range(self.name, "num_encoder_layers", self.num_encoder_layers, "0 for a decoder_only model")
+
+    @property
+    def layer_shape(self) -> tuple[int, int, int, int]:
+        """(hidden, num_heads, kv_channels, ffn_hidden): what the costs of one layer depend on."""
+        return self.hidden, self.num_heads, self.kv_channels, self.ffn_hidden
 
     @property
     def num_layers(self) -> int:

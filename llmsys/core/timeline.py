@@ -39,6 +39,7 @@ class Span:
                 f"span {self.name!r} on lane {self.lane!r} has impossible times",
                 expected="finite times, end_ms >= start_ms",
                 found=f"start_ms = {self.start_ms}, end_ms = {self.end_ms}",
+                fix="set start_ms and end_ms",
             )
 
     @property
@@ -72,7 +73,12 @@ class Timeline:
         spans = sorted(self.spans, key=lambda span: (span.start_ms, span.end_ms))
         lanes = tuple(dict.fromkeys([*self.lanes, *(span.lane for span in spans)]))
         if len(set(self.lanes)) != len(self.lanes):
-            raise InputError("a lane is listed twice", expected="different lanes", found=str(self.lanes))
+            raise InputError(
+                "a lane is listed twice",
+                expected="different lanes",
+                found=str(self.lanes),
+                fix="remove the repeated name from lanes",
+            )
         rank = {lane: number for number, lane in enumerate(lanes)}
         spans.sort(key=lambda span: (span.start_ms, span.end_ms, rank[span.lane]))
         if not self.allow_overlap:
@@ -98,7 +104,12 @@ class Timeline:
         wanted = Selection(lanes=(selection,)) if isinstance(selection, str) else selection
         for lane in wanted.lanes or ():
             if lane not in self.lanes:
-                raise InputError("no such lane", expected="one of " + ", ".join(self.lanes), found=repr(lane))
+                raise InputError(
+                    "no such lane",
+                    expected="one of " + ", ".join(self.lanes),
+                    found=repr(lane),
+                    fix="select one of these lanes, or list it in lanes if it has no span",
+                )
         lanes = None if wanted.lanes is None else frozenset(wanted.lanes)
         kinds = None if wanted.kinds is None else frozenset(wanted.kinds)
         return [
@@ -167,7 +178,12 @@ class Timeline:
         """
         events = trace.get("traceEvents")
         if not isinstance(events, list):
-            raise InputError("this is no Chrome trace", expected="a traceEvents list", found=str(list(trace)))
+            raise InputError(
+                "this is no Chrome trace",
+                expected="a traceEvents list",
+                found=f"keys {list(trace)}, traceEvents of type {type(events).__name__}",
+                fix="pass the JSON object of a trace, with its events under traceEvents",
+            )
         lanes = _lanes_of_trace(events)
         spans = [
             _span_of_event(event, lanes.get((event.get("pid"), event.get("tid"))))
@@ -184,7 +200,7 @@ class Timeline:
         span shorter than a column still gets one where it hides nothing; of two in a column the later shows.
         """
         if width < 10:
-            raise InputError("the chart is too narrow", expected="width >= 10", found=str(width))
+            raise InputError("the chart is too narrow", expected="width >= 10", found=str(width), fix="set width")
         letters = _kind_letters(dict.fromkeys(span.kind for span in self.spans))
         column_ms = self.makespan_ms / width or 1.0
         rows = {lane: ["."] * width for lane in self.lanes}
@@ -276,7 +292,12 @@ def _lanes_of_trace(events: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, Any]
 def _span_of_event(event: Mapping[str, Any], lane: str | None) -> Span:
     start_us, duration_us = event.get("ts"), event.get("dur")
     if lane is None or not isinstance(start_us, (int, float)) or not isinstance(duration_us, (int, float)):
-        raise InputError("a trace event lacks its times", expected="numbers ts and dur", found=str(event))
+        raise InputError(
+            "a trace event lacks its times",
+            expected="numbers ts and dur",
+            found=str(event),
+            fix="add ts and dur, in us, or remove the event from the trace",
+        )
     return Span(
         lane=lane,
         name=str(event.get("name", "")),

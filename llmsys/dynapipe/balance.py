@@ -20,10 +20,17 @@ def karmarkar_karp(values: Sequence[float], num_parts: int) -> list[list[int]]:
     is negative or not finite.
     """
     if num_parts < 1:
-        raise InputError("values need a part to go to", expected="num_parts >= 1", found=str(num_parts))
+        raise InputError(
+            "values need a part to go to", expected="num_parts >= 1", found=str(num_parts), fix="set num_parts"
+        )
     bad = next((value for value in values if not 0 <= value < math.inf), None)
     if bad is not None:
-        raise InputError("a value cannot be balanced", expected="finite values of at least 0", found=str(bad))
+        raise InputError(
+            "a value cannot be balanced",
+            expected="finite values of at least 0",
+            found=str(bad),
+            fix="take it out of values, or correct it",
+        )
     # Entries (-spread, number, parts heaviest first); numbers break ties, so runs are repeatable. A part is its sum and
     # its members as a tree, () or (index,) or (tree, tree), so that merging copies nothing.
     heap: list[tuple[float, int, list[tuple[float, _Tree]]]] = []

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsys.core.errors import ConfigError, InputError
-from llmsys.dynapipe.config import Attention, PlannerConfig, Recompute
+from llmsys.core.errors import ConfigError, InfeasibleError, InputError
+from llmsys.dynapipe.config import Attention, PlannerConfig, Recompute, require_choices
 from llmsys.dynapipe.costs import CostModel, MicroBatchCosts
 from llmsys.dynapipe.microbatch import PaddedLengths
 from llmsys.dynapipe.ordering import order_samples
@@ -59,6 +59,7 @@ class Packing:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is out of range", expected="at least 1", found=str(value), fix=f"set {name}")
+        require_choices("attention", (self.attention,), Attention)
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class Packing:
         size = min(self.micro_batch_size, max(1, len(rows) // data))
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
         if len(groups) < data:
-            raise InputError(
+            raise InfeasibleError(
                 "packing leaves a replica without work",
                 expected=f"at least {data} rows, one for each replica",
                 found=f"{len(rows)} rows of up to {self.max_len} tokens",
@@ -159,7 +160,7 @@ class TokenBased:
         (work,) = price_padded([groups], padded, cost_model, config)
         replicas = schedule_work(work, cost_model, config)
         if replicas is None:
-            raise no_schedule_error(cost_model, config)
+            raise no_schedule_error(work, cost_model, config)
         return replicas
 
     def groups(self, padded: PaddedLengths, order: IntArray) -> list[tuple[int, ...]]:
@@ -226,5 +227,5 @@ def _in_turn(work: Work, cost_model: CostModel, config: PlannerConfig) -> list[S
     parts = [list(range(first, len(work.micro_batches), data)) for first in range(data)]
     replicas = schedule_parts(work, parts, cost_model, config)
     if replicas is None:
-        raise no_schedule_error(cost_model, config)
+        raise no_schedule_error(work, cost_model, config)
     return replicas

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from llmsys.core.errors import ConfigError
 from llmsys.core.specs import ModelSpec
@@ -13,6 +14,31 @@ ScheduleKind = Literal["1f1b", "adaptive"]
 Order = Literal["sort", "tour"]
 Attention = Literal["padded", "varlen"]
 Reorder = Literal["none", "clusters", "search"]
+
+
+def require_choices(name: str, values: object, literal: object) -> None:
+    """ConfigError unless ``values`` is a tuple of at least one, and only of members of the Literal type ``literal``."""
+    choices = get_args(literal)
+    if not isinstance(values, tuple) or not values or any(value not in choices for value in values):
+        raise ConfigError(
+            f"{name} is none of the choices",
+            expected="of " + ", ".join(map(repr, choices)),
+            found=repr(values[0] if isinstance(values, tuple) and len(values) == 1 else values),
+            fix=f"set {name}",
+        )
+
+
+def require_counts(owner: object, least: dict[str, int]) -> None:
+    """ConfigError unless each named field of ``owner`` is a whole number of at least its ``least``."""
+    for name, lowest in least.items():
+        value = getattr(owner, name)
+        if type(value) is not int or value < lowest:
+            raise ConfigError(
+                f"{name} is out of range",
+                expected=f"a whole number of at least {lowest}",
+                found=repr(value),
+                fix=f"set {name}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +56,8 @@ class Parallelism:
     zero_stage: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("data", "pipeline", "tensor", "num_chunks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} is out of range", expected="at least 1", found=str(getattr(self, name)), fix=f"set {name}"
-                )
-        if self.zero_stage not in (0, 1, 2, 3):
+        require_counts(self, {"data": 1, "pipeline": 1, "tensor": 1, "num_chunks": 1, "zero_stage": 0})
+        if self.zero_stage > 3:
             raise ConfigError(
                 "zero_stage is out of range", expected="0, 1, 2 or 3", found=str(self.zero_stage), fix="set zero_stage"
             )
@@ -89,6 +111,11 @@ def stage_layers(model: ModelSpec, parallelism: Parallelism) -> tuple[StageLayer
     return tuple(stages)
 
 
+def first_decoder_stage(stages: tuple[StageLayers, ...]) -> int:
+    """The first stage with decoder layers: it reads the targets, and in a decoder-only model it is stage 0."""
+    return next(v for v, stage in enumerate(stages) if stage.num_decoder > 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerConfig:
     """What the planner may do.
@@ -123,22 +150,28 @@ class PlannerConfig:
 
     def __post_init__(self) -> None:
         limits = self.memory_limit_mb if isinstance(self.memory_limit_mb, tuple) else (self.memory_limit_mb,)
-        checks = (
-            ("memory_limit_mb", bool(limits) and all(limit > 0 for limit in limits), "above 0"),
-            ("recompute", bool(self.recompute), "at least one of none, selective, full"),
-            ("schedules", bool(self.schedules), "at least one of 1f1b, adaptive"),
-            ("max_moves", self.max_moves >= 0, "at least 0"),
-            ("max_in_flight", self.max_in_flight >= 1, "at least 1"),
-            ("length_multiple", self.length_multiple >= 1, "at least 1"),
-            ("decoder_extra_tokens", self.decoder_extra_tokens >= 0, "at least 0"),
-            ("max_tour_kicks", self.max_tour_kicks >= 0, "at least 0"),
-            ("seed", self.seed >= 0, "at least 0"),
+        if not limits or any(type(limit) not in (int, float) or not 0 < limit < math.inf for limit in limits):
+            raise ConfigError(
+                "memory_limit_mb is out of range",
+                expected="a number above 0, or a tuple of one for each pipeline device",
+                found=repr(self.memory_limit_mb),
+                fix="set memory_limit_mb",
+            )
+        require_choices("order", (self.order,), Order)
+        require_choices("recompute", self.recompute, Recompute)
+        require_choices("schedules", self.schedules, ScheduleKind)
+        require_choices("reorder", (self.reorder,), Reorder)
+        require_counts(
+            self,
+            {
+                "max_moves": 0,
+                "max_in_flight": 1,
+                "length_multiple": 1,
+                "decoder_extra_tokens": 0,
+                "max_tour_kicks": 0,
+                "seed": 0,
+            },
         )
-        for name, holds, expected in checks:
-            if not holds:
-                raise ConfigError(
-                    f"{name} is out of range", expected=expected, found=str(getattr(self, name)), fix=f"set {name}"
-                )
 
     def device_limits_mb(self, num_devices: int) -> tuple[float, ...]:
         """The memory limit of each of ``num_devices`` pipeline devices."""

@@ -17,7 +17,7 @@ from llmsys import _C
 from llmsys.core.costs import GridTable, alpha_beta_ms, ring_all_reduce_ms
 from llmsys.core.errors import ConfigError, InputError
 from llmsys.core.specs import ClusterSpec, LinkSpec, ModelSpec
-from llmsys.dynapipe.config import Parallelism, Recompute, StageLayers, stage_layers
+from llmsys.dynapipe.config import Parallelism, Recompute, StageLayers, first_decoder_stage, stage_layers
 from llmsys.dynapipe.profile import LayerProfile, LayerTables, PackSums, VarlenLayer, varlen_terms
 
 FloatArray = NDArray[np.float64]
@@ -119,8 +119,26 @@ class CostModel:
                 found=f"{self.cluster.num_devices} in {self.cluster.name}",
                 fix="lower data, pipeline or tensor, or raise num_nodes",
             )
-        self.profile.layer_tables(self.parallelism.tensor, "none")
-        _ = self.stages
+        shape = self.model.layer_shape
+        if self.profile.layer_shape not in (None, shape):
+            raise ConfigError(
+                "the layer profile is of other layers than the model's",
+                expected=f"hidden, num_heads, kv_channels, ffn_hidden = {self.profile.layer_shape}",
+                found=f"{shape} in {self.model.name}",
+                fix="choose the profile that belongs to the model",
+            )
+        _ = self.any_tables, self.stages
+
+    def __getstate__(self) -> dict[str, object]:
+        # What the native solvers hold cannot be pickled and is made again when it is asked for.
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**fields, "_native": {}}
+
+    @cached_property
+    def any_tables(self) -> LayerTables:
+        """The tables of one recompute kind; all kinds cover the same lengths."""
+        kinds = [kind for tensor, kind in self.profile.tables if tensor == self.parallelism.tensor]
+        return self.layer_tables(kinds[0] if kinds else "none")
 
     @cached_property
     def stages(self) -> tuple[StageLayers, ...]:
@@ -143,14 +161,9 @@ class CostModel:
         return self._native[recompute]
 
     @cached_property
-    def max_micro_batch_size(self) -> int:
-        """The largest micro-batch size of the profile, in samples."""
-        return int(self.layer_tables("none").decoder.axes[-1][-1])
-
-    @cached_property
     def max_lengths(self) -> tuple[int, int]:
         """The longest (encoder, decoder) lengths of the profile, in tokens."""
-        axes = self.layer_tables("none").decoder.axes
+        axes = self.any_tables.decoder.axes
         return (int(axes[0][-1]), int(axes[1][-1])) if self.encoder_decoder else (0, int(axes[0][-1]))
 
     def device_stages(self, device: int) -> list[int]:
@@ -180,8 +193,7 @@ class CostModel:
         encoder = sizes[tensor, recompute, "encoder"] if self.encoder_decoder else 0.0
         decoder = sizes[tensor, recompute, "decoder"]
         embedding = sizes[tensor, recompute, "embedding"]
-        first_decoder = next(v for v, stage in enumerate(self.stages) if stage.num_decoder > 0)
-        with_embedding = {0, first_decoder, len(self.stages) - 1}
+        with_embedding = {0, first_decoder_stage(self.stages), len(self.stages) - 1}
         result = np.zeros(self.parallelism.pipeline)
         for device in range(self.parallelism.pipeline):
             stages = self.device_stages(device)
@@ -246,6 +258,7 @@ class CostModel:
                 "micro-batch shapes have the wrong form",
                 expected="rows (samples >= 1, encoder length, decoder length)",
                 found=f"an array of shape {shapes.shape}",
+                fix="pass one row of three numbers for each micro-batch",
             )
         distinct, index = np.unique(shapes, axis=0, return_inverse=True)
         return self._costs_of(distinct, recompute).select(index.reshape(-1))

@@ -40,8 +40,13 @@ def search_grid(
     """The fastest option that can run every batch; None when none can (out of memory).
 
     Times are the planner's own estimates, which equal the simulator's. A ``cost_model_of`` that raises ConfigError or
-    InfeasibleError (too few layers, not profiled) rules its options out.
+    InfeasibleError (too few layers, not profiled) rules its options out, as fewer samples than replicas do. InputError
+    for no batches or a batch that no option can serve, such as one with a sample longer than a packed row.
     """
+    if not batches:
+        raise InputError(
+            "a grid search without batches", expected="at least one global batch", found="none", fix="raise num_batches"
+        )
     best: tuple[float, Option] | None = None
     models: dict[Parallelism, CostModel | None] = {}
     num_tried = num_feasible = 0
@@ -68,10 +73,12 @@ def _mean_ms(option: Option, batches: Sequence[Samples], model: CostModel, confi
     chosen = replace(config, recompute=option.recompute)
     total = 0.0
     for samples in batches:
+        if len(samples) < model.parallelism.data:
+            return None
+        check_batch(samples, model)
         try:
-            check_batch(samples, model)
             replicas = option.planner.schedule(samples, model, chosen)
-        except (InfeasibleError, InputError):
+        except InfeasibleError:
             return None
         total += slowest_ms(replicas) + max(model.grad_sync_ms(replica.recompute) for replica in replicas)
     return total / len(batches)

@@ -217,7 +217,7 @@ def group_shapes(groups: tuple[tuple[int, ...], ...], padded: PaddedLengths) -> 
 
 
 def explain_infeasible(
-    samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
+    samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig, *, varlen: bool = False
 ) -> InfeasibleError:
     """Why no partition exists: the longest sample that does not fit by itself, with its length and the limit."""
     parallelism = cost_model.parallelism
@@ -228,7 +228,7 @@ def explain_infeasible(
     shapes = np.stack([ones, padded.encoder_len, padded.decoder_len], axis=1)
     for recompute in config.recompute:
         state = cost_model.state_mb(recompute)
-        costs = cost_model.micro_batch_costs(shapes, recompute)
+        costs = _alone(samples, shapes, cost_model, config, recompute, varlen)
         peak = np.zeros((len(samples), parallelism.pipeline))
         for device in range(parallelism.pipeline):
             stages = cost_model.device_stages(device)
@@ -260,4 +260,25 @@ def explain_infeasible(
         found=f"sample {worst}: encoder length {samples.encoder_len[worst]}, decoder length "
         f"{samples.decoder_len[worst]} ({int((~fits).sum())} such samples in all)",
         fix="truncate samples (max_len), raise tensor or memory_limit_mb, or allow recompute 'full'",
+    )
+
+
+def _alone(
+    samples: Samples,
+    shapes: IntArray,
+    cost_model: CostModel,
+    config: PlannerConfig,
+    recompute: Recompute,
+    varlen: bool,
+) -> MicroBatchCosts:
+    """Costs of each sample as a micro-batch of its own."""
+    if not varlen:
+        return cost_model.micro_batch_costs(shapes, recompute)
+    extra = config.decoder_extra_tokens if cost_model.encoder_decoder else 0
+    begins = np.arange(len(samples))
+    none = np.zeros_like(samples.encoder_len)
+    return cost_model.varlen_costs_of_sums(
+        PackSums.of_runs(samples.encoder_len, none, begins, begins + 1),
+        PackSums.of_runs(samples.decoder_len + extra, samples.encoder_len, begins, begins + 1),
+        recompute,
     )

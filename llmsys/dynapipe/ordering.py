@@ -20,8 +20,8 @@ def tour_order(encoder_len: IntArray, decoder_len: IntArray, max_kicks: int, see
     """A short open path through the points (encoder length, decoder length) under the L1 distance.
 
     Samples of equal lengths stay together, in their original order. The solver is our own (csrc/solvers/tour): the
-    libraries for it either take several times the whole planning budget for their first answer (LKH through elkai,
-    OR-Tools), or stop by the clock, so that a loaded machine would get another plan (fast-tsp).
+    libraries for it either take longer than all other planning for their first answer (LKH through elkai, OR-Tools), or
+    stop by the clock, so that a loaded machine would get another plan (fast-tsp).
     """
     points, index = np.unique(np.stack([encoder_len, decoder_len], axis=1), axis=0, return_inverse=True)
     path = _C.open_path(np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1]), max_kicks, seed)

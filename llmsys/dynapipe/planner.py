@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llmsys.core.errors import ConfigError, InfeasibleError, InputError
 from llmsys.dynapipe.balance import karmarkar_karp
 from llmsys.dynapipe.communication import plan_instructions
-from llmsys.dynapipe.config import Attention, PlannerConfig, Recompute
+from llmsys.dynapipe.config import Attention, PlannerConfig, Recompute, first_decoder_stage, require_choices
 from llmsys.dynapipe.costs import CostModel, MicroBatchCosts
 from llmsys.dynapipe.microbatch import (
     PaddedLengths,
@@ -85,26 +85,34 @@ class DynaPipe:
 
     attention: Attention = "padded"
 
+    def __post_init__(self) -> None:
+        require_choices("attention", (self.attention,), Attention)
+
     @property
     def name(self) -> str:
         return "dynapipe" if self.attention == "padded" else "dynapipe_varlen"
 
     def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
         padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
-        candidates = self._partitions(samples, padded, cost_model, config)
+        candidates = self.partitions(samples, padded, cost_model, config)
         priced = self._price([c.groups for c in candidates], samples, padded, cost_model, config)
-        # The given order tells partitions and recompute kinds apart well enough; sometimes only another order fits.
+        # The given order tells partitions apart well enough; sometimes only another one fits.
         plain = replace(config, reorder="none")
         quick: list[list[Scheduled]] = []
-        for candidate, work in zip(candidates, priced, strict=True):
+        for rank, (candidate, work) in enumerate(zip(candidates, priced, strict=True)):
             parts = balance(work.costs, cost_model.parallelism.data, candidate.recompute)
             replicas = schedule_parts(work, parts, cost_model, plain)
-            if replicas is None and config.reorder != "none":
-                replicas = schedule_parts(work, parts, cost_model, config)
+            as_meant = replicas and all(replica.recompute == candidate.recompute for replica in replicas)
+            if config.reorder != "none" and (replicas is None or (rank == 0 and not as_meant)):
+                # Without its own kind the best partition lost what made it the best.
+                kinds = work.costs if replicas is None else {candidate.recompute: work.costs[candidate.recompute]}
+                again = schedule_parts(replace(work, costs=kinds), parts, cost_model, config)
+                if again and (replicas is None or slowest_ms(again) < slowest_ms(replicas)):
+                    replicas = again
             if replicas is not None:
                 quick.append(replicas)
         if not quick:
-            raise no_schedule_error(cost_model, config)
+            raise no_schedule_error(priced[0], cost_model, config)
         quick.sort(key=slowest_ms)
         if config.reorder == "none":
             return quick[0]
@@ -113,10 +121,10 @@ class DynaPipe:
         best = min((improve(r, cost_model, config, trial) for r in quick[:_NUM_THOROUGH]), key=slowest_ms)
         return improve(best, cost_model, config, config.max_moves - trial, go_on=True)
 
-    def _partitions(
+    def partitions(
         self, samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
     ) -> list[Partition]:
-        """Partitions over all recompute kinds and memory shares; distinct, best objective first."""
+        """The partitions worth scheduling, best first: over all recompute kinds, numbers in flight and weights."""
         parallelism = cost_model.parallelism
         order = order_samples(padded.encoder_len, padded.decoder_len, config)
         uneven = (parallelism.data - 1) / parallelism.data  # of the longest micro-batch, the most that cannot be shared
@@ -129,7 +137,7 @@ class DynaPipe:
                 if known is None or candidate.objective_ms < known.objective_ms:
                     found[candidate.groups] = candidate
         if not found:
-            raise explain_infeasible(samples, padded, cost_model, config)
+            raise explain_infeasible(samples, padded, cost_model, config, varlen=self.attention == "varlen")
         return sorted(found.values(), key=lambda p: _balanced_ms(p, cost_model))[:_NUM_QUICK]
 
     def _cut(
@@ -363,8 +371,7 @@ def assemble(
 ) -> Plan:
     """The plan of scheduled replicas, checked."""
     stages = cost_model.stages
-    first_decoder = next(v for v, stage in enumerate(stages) if stage.num_decoder > 0)
-    input_stages = frozenset({0, first_decoder})
+    input_stages = frozenset({0, first_decoder_stage(stages)})
     plans = []
     for replica in replicas:
         state = cost_model.state_mb(replica.recompute)
@@ -397,12 +404,23 @@ def assemble(
     return plan
 
 
-def no_schedule_error(cost_model: CostModel, config: PlannerConfig) -> InfeasibleError:
+def no_schedule_error(work: Work, cost_model: CostModel, config: PlannerConfig) -> InfeasibleError:
+    """Why ``work`` cannot be scheduled: beyond the profile, or too little memory."""
     limits = config.device_limits_mb(cost_model.parallelism.pipeline)
+    uncovered = ~np.logical_or.reduce([costs.feasible for costs in work.costs.values()])
+    if uncovered.any():
+        index = int(uncovered.argmax())
+        return InfeasibleError(
+            f"the profile does not cover micro-batch {index}",
+            expected=f"rows of encoder length up to {cost_model.max_lengths[0]} and decoder length up to "
+            f"{cost_model.max_lengths[1]}, in numbers that were measured",
+            found=f"(rows, encoder length, decoder length) = {work.micro_batches[index].shape}",
+            fix="lower max_len or micro_batch_size, or profile longer sequences",
+        )
     return InfeasibleError(
         "no schedule keeps the activations within memory",
         expected=f"at most {min(limits):.0f} MB a device",
         found=f"{cost_model.parallelism.label()}, schedules {', '.join(config.schedules)}, recompute "
         f"{', '.join(config.recompute)}",
-        fix="raise memory_limit_mb, pipeline or tensor, or allow the adaptive schedule and recompute 'full'",
+        fix="raise memory_limit_mb, pipeline or tensor, or allow more schedules and kinds of recompute",
     )

@@ -73,6 +73,13 @@ def simulate(
     waits listed before it are over; a device sends one result after the other while it computes; waits for arrived
     data and posts take no time. The timeline of replica r has lanes "replica r/device d" and ".../device d send".
     """
+    if plan.parallelism != cost_model.parallelism or plan.stages != cost_model.stages:
+        raise InputError(
+            "the plan was made for another model or another split",
+            expected=f"{plan.parallelism.label()}, stages {plan.stages}",
+            found=f"{cost_model.parallelism.label()}, stages {cost_model.stages}",
+            fix="simulate with the cost model that the plan was made with",
+        )
     replicas = tuple(_simulate_replica(number, plan, cost_model, samples) for number in range(len(plan.replicas)))
     sync_ms = max(cost_model.grad_sync_ms(replica.recompute) for replica in plan.replicas) if grad_sync else 0.0
     slowest = max(replica.makespan_ms for replica in replicas)

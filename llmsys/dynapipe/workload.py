@@ -50,6 +50,7 @@ class Samples:
                 "encoder_len and decoder_len differ in size",
                 expected="one length of each per sample",
                 found=f"{len(encoder)} and {len(decoder)}",
+                fix="pass arrays of one size (zeros in encoder_len for a decoder-only model)",
             )
         _require_positive("decoder_len", decoder)
         if encoder.any():
@@ -143,6 +144,7 @@ class LengthTable:
                 "task_ids do not fit",
                 expected=f"{len(inputs)} numbers below {len(task_names)}",
                 found=f"{len(tasks)} numbers up to {tasks.max(initial=0)}",
+                fix="set task_ids to one index into task_names for each sample",
             )
         kept = (inputs > 0) & (targets > 0)
         return cls(
@@ -297,6 +299,7 @@ def _lengths(name: str, values: ArrayLike) -> IntArray:
             f"{name} is not a list of token counts",
             expected="a one-dimensional array of integers",
             found=f"shape {array.shape}, type {array.dtype}",
+            fix=f"convert {name}, for example with .astype(int) or .reshape(-1)",
         )
     if (array < 0).any():
         raise _bad_length(name, array, int(np.flatnonzero(array < 0)[0]), "at least 0")
@@ -312,6 +315,7 @@ def _pair(input_len: ArrayLike, target_len: ArrayLike) -> tuple[IntArray, IntArr
             "input and target lengths differ in number",
             expected="one input and one target length per sample",
             found=f"{len(inputs)} inputs, {len(targets)} targets",
+            fix="pass as many input as target lengths",
         )
     return inputs, targets
 

@@ -62,6 +62,7 @@ def make(**changes: object) -> Config:
 def fails(**changes: object) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         make(**changes)
+    assert caught.value.expected and caught.value.found and caught.value.fix
     return caught.value
 
 
@@ -181,6 +182,7 @@ def test_literals_and_fixed_tuples() -> None:
 def test_errors_of_the_dataclass_itself_get_the_path() -> None:
     error = fails(links=[{"bandwidth_gbps": 1}, {"bandwidth_gbps": 0}])
     assert error.summary == "links[1]: bandwidth_gbps must be above 0, found 0.0"
+    assert "{'bandwidth_gbps': 0}" in error.found and error.fix == "change a key of links[1]"
     structured = fails(link={"bandwidth_gbps": 1, "latency_us": -2})
     assert (structured.summary, structured.found) == ("link: negative latency", "-2.0")
     with pytest.raises(ConfigError, match=r"^bandwidth_gbps must be above 0"):

@@ -169,7 +169,7 @@ def test_arrays_are_ready_for_a_native_reader() -> None:
         ([[1, 2]], {"t": [1, -2]}, {}, "no cost"),
         ([[1, 2]], {"t": [1, INF]}, {}, "no cost"),
         ([[1, 2]], {}, {}, "at least one column"),
-        ([[1, 2]], {"t": [1, 2]}, {"memory": ["m"]}, "may only name columns"),
+        ([[1, 2]], {"t": [1, 2]}, {"memory": ["m"]}, "only names of columns in memory"),
         ([[0, 2]], {"t": [1, 2]}, {"hole": "extrapolate"}, "must be above 0"),
         ([[1, 2]], {"t": [1, 2]}, {"hole": "fill"}, "unknown rule"),
     ],

@@ -73,6 +73,12 @@ def toy_profile(
     return profile_of(architecture, tables)
 
 
+@cache
+def shared_toy_profile(architecture: Architecture) -> LayerProfile:
+    """One object for all, so that the formulas of variable-length costs are fitted to it only once."""
+    return toy_profile(architecture)
+
+
 def random_profile(
     rng: Rng,
     architecture: Architecture,
@@ -160,7 +166,7 @@ def toy_cost_model(
 ) -> CostModel:
     """``parallelism``: arguments of Parallelism."""
     return CostModel(
-        profile=profile or toy_profile(architecture),
+        profile=profile or shared_toy_profile(architecture),
         model=toy_model(architecture, num_layers),
         cluster=toy_cluster(),
         parallelism=Parallelism(**parallelism),

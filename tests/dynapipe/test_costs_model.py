@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ from llmsys import _C
 from llmsys.core.costs import GridTable, alpha_beta_ms, ring_all_reduce_ms
 from llmsys.core.errors import ConfigError, InfeasibleError, InputError
 from llmsys.core.specs import Architecture
+from llmsys.dynapipe.baselines import Packing
 from llmsys.dynapipe.config import Parallelism, PlannerConfig, StageLayers, stage_layers
 from llmsys.dynapipe.costs import CostModel
+from llmsys.dynapipe.planner import DynaPipe, plan_iteration
 from llmsys.dynapipe.profile import LayerTables
 from tests.dynapipe.synthetic import (
     PARAMS_MB,
@@ -23,6 +28,7 @@ from tests.dynapipe.synthetic import (
     toy_cost_model,
     toy_model,
     toy_profile,
+    toy_samples,
 )
 
 EMBEDDING, ENCODER, DECODER = PARAMS_MB["embedding"], PARAMS_MB["encoder"], PARAMS_MB["decoder"]
@@ -65,8 +71,9 @@ def test_parallelism_of_zero() -> None:
         {"memory_limit_mb": 0.0},
         {"memory_limit_mb": (100.0, -1.0)},
         {"memory_limit_mb": ()},
-        {"recompute": ()},
-        {"schedules": ()},
+        {"memory_limit_mb": "36000"},
+        {"memory_limit_mb": float("nan")},
+        {"seed": 1.5},
         {"max_moves": -1},
         {"max_in_flight": 0},
         {"length_multiple": 0},
@@ -79,6 +86,54 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ConfigError, match=f"{name} is out of range"):
         PlannerConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recompute": ()},
+        {"recompute": "none"},
+        {"recompute": ("none", "some")},
+        {"schedules": ()},
+        {"schedules": ("zb",)},
+        {"order": "sorted"},
+        {"reorder": "cluster"},
+    ],
+)
+def test_unknown_choices_are_refused(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ConfigError, match=f"{name} is none of the choices"):
+        PlannerConfig(**change)
+    for planner in (DynaPipe, partial(Packing, max_len=8)):
+        with pytest.raises(ConfigError, match="attention is none of the choices"):
+            planner(attention="flash")
+
+
+def test_a_profile_of_other_layers_is_refused() -> None:
+    model = toy_cost_model("decoder_only")
+    shape = model.model.layer_shape
+    known = dataclasses.replace(model.profile, layer_shape=shape)
+    assert dataclasses.replace(model, profile=known).profile.layer_shape == shape
+    other = dataclasses.replace(model.profile, layer_shape=(shape[0] + 1, *shape[1:]))
+    with pytest.raises(ConfigError, match="other layers"):
+        dataclasses.replace(model, profile=other)
+
+
+def test_cost_models_travel_to_worker_processes(architecture: Architecture) -> None:
+    model = toy_cost_model(architecture, pipeline=2)
+    samples = toy_samples(np.random.default_rng(0), architecture, 12)
+    plan = plan_iteration(samples, model, PlannerConfig(max_moves=5))
+    again: CostModel = pickle.loads(pickle.dumps(model))
+    assert plan_iteration(samples, again, PlannerConfig(max_moves=5)) == plan
+
+
+def test_one_kind_of_recomputation_is_enough_of_a_profile() -> None:
+    model = toy_cost_model("decoder_only", pipeline=2)
+    only_full = {key: tables for key, tables in model.profile.tables.items() if key[1] == "full"}
+    model = dataclasses.replace(model, profile=dataclasses.replace(model.profile, tables=only_full))
+    samples = toy_samples(np.random.default_rng(0), "decoder_only", 12)
+    plan = plan_iteration(samples, model, PlannerConfig(recompute=("full",), max_moves=5))
+    assert {replica.recompute for replica in plan.replicas} == {"full"}
 
 
 def test_limits_of_devices() -> None:

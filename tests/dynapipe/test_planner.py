@@ -197,12 +197,12 @@ def test_memory_decides_between_recompute_kinds(architecture: Architecture) -> N
     model = toy_cost_model(architecture, pipeline=2)
     samples = toy_samples(np.random.default_rng(5), architecture, 40)
     times = {}
-    for free_mb in (6000.0, 400.0):
+    for free_mb in (6000.0, 250.0):
         limit = float(model.state_mb("none").max()) + free_mb
         plan = plan_iteration(samples, model, replace(FAST, memory_limit_mb=limit))
         times[free_mb] = (plan.replicas[0].recompute, plan.estimated_ms)
-    assert times[6000.0][0] == "none" and times[400.0][0] != "none"
-    assert times[6000.0][1] < times[400.0][1]
+    assert times[6000.0][0] == "none" and times[250.0][0] != "none"
+    assert times[6000.0][1] < times[250.0][1]
 
 
 # --- what cannot be planned ---

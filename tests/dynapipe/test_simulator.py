@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmsys import _C
-from llmsys.core.errors import InfeasibleError, PlanError
+from llmsys.core.errors import InfeasibleError, InputError, PlanError
 from llmsys.core.specs import Architecture
 from llmsys.dynapipe.communication import PassTimes, plan_instructions
 from llmsys.dynapipe.config import PlannerConfig
@@ -145,6 +145,16 @@ def test_a_plan_for_another_profile_is_refused() -> None:
     small = toy_cost_model("decoder_only", profile=toy_profile("decoder_only", capacity_mb=60.0), pipeline=2)
     with pytest.raises(InfeasibleError, match=r"does not cover micro-batch 1(.|\n)*\(1, 0, 512\)"):
         simulate(plan, small)
+
+
+def test_a_plan_for_another_split_or_model_is_refused() -> None:
+    model = toy_cost_model("decoder_only", pipeline=4)
+    samples = toy_samples(np.random.default_rng(1), "decoder_only", 12)
+    plan = plan_iteration(samples, model, PlannerConfig(max_moves=0))
+    others = [toy_cost_model("decoder_only", pipeline=number) for number in (2, 8)]
+    for other in (*others, toy_cost_model("encoder_decoder", pipeline=4)):
+        with pytest.raises(InputError, match="another model or another split"):
+            simulate(plan, other)
 
 
 def test_a_deadlock_is_an_error() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import experiments
+import experiments.style  # the demo figures import it, when the package's path is another
 
 FIGURE = """
 from __future__ import annotations
@@ -74,8 +75,6 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (conf / "demo" / f"{name}.yaml").write_text(yaml)
     (package / "fig3.py").write_text("TITLE = 'half a figure'\n")
     (package / "_helper.py").touch()
-    (root / "conf" / "cluster").mkdir()
-    (root / "conf" / "cluster" / "big.yaml").write_text("num_nodes: 64\n")
     # A sweep also composes the default experiment; ours must not depend on that one.
     (conf / "dynapipe").mkdir()
     (conf / "dynapipe" / "fig13.yaml").touch()

@@ -68,6 +68,15 @@ class TestReport:
         assert report.main([f"output_dir={tmp_path}"]) == 1
         assert "nothing to report" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("words", [[], ["--run", "--only", "demo/fig2"]])
+    def test_a_file_is_no_output_directory(
+        self, demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+    ) -> None:
+        (tmp_path / "file").touch()
+        assert report.main([*words, f"output_dir={tmp_path / 'file'}"]) == 1
+        told = capsys.readouterr().err
+        assert "file is a file" in told and "Traceback" not in told and "running" not in told
+
     def test_run_goes_on_after_a_failure_and_tells_of_it(
         self, demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

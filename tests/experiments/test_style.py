@@ -58,7 +58,7 @@ class TestStyle:
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert labels == [
             "packing", "DynaPipe", "something else",
-            *(f"{source}: dev {source}" for source in record.SOURCES), "out of memory",
+            *(f"{source}: dev {source}" for source in record.SOURCES), "out of memory or not profiled",
         ]  # fmt: skip
 
     def test_boxes_have_one_group_for_each_category(self) -> None:

@@ -45,6 +45,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError(
             "reading the files of data.root needs pyarrow",
+            expected="pyarrow, a dependency of llmsys, to be importable",
             found=str(error),
             fix="install pyarrow, or leave data.root unset to use the tables shipped with llmsys",
         ) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsys.dynapipe.config import Attention, Parallelism, Recompute, ScheduleKind, StageLayers
+from llmsys.dynapipe.config import Attention, Parallelism, Recompute, ScheduleKind, StageLayers, first_decoder_stage
 from llmsys.dynapipe.plan.instructions import BackwardPass, ForwardPass, Instruction
 
 
@@ -106,8 +106,7 @@ class Plan:
 
     def loads_input(self, stage: int) -> bool:
         """Whether a stage reads token ids: the first does, and the first one with decoder layers."""
-        first_decoder = next(v for v, layers in enumerate(self.stages) if layers.num_decoder > 0)
-        return stage in (0, first_decoder)
+        return stage in (0, first_decoder_stage(self.stages))
 
     def grid(self, replica: int = 0, mark: tuple[int, int] | None = None, width: int = 120) -> str:
         """The passes of each device in order, as a grid; ``mark`` = (device, index) puts one cell in brackets.

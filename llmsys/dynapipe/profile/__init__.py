@@ -5,6 +5,7 @@ formulas fitted to a profile), ``varlen`` (packed sequences with variable-length
 profile).
 """
 
+from llmsys.dynapipe.config import Recompute
 from llmsys.dynapipe.profile.fused import fused_profile
 from llmsys.dynapipe.profile.sources import (
     MODEL_STATE_FILE,
@@ -14,7 +15,7 @@ from llmsys.dynapipe.profile.sources import (
     load_profile,
     open_profile,
 )
-from llmsys.dynapipe.profile.tables import RECOMPUTES, LayerProfile, LayerTables, Recompute
+from llmsys.dynapipe.profile.tables import RECOMPUTES, LayerProfile, LayerTables
 from llmsys.dynapipe.profile.varlen import PackSums, VarlenCosts, VarlenLayer, varlen_terms
 
 __all__ = [

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from llmsys.core.costs import GridTable, Hole
 from llmsys.core.errors import InputError
 from llmsys.core.specs import Architecture
+from llmsys.dynapipe.config import Recompute
 from llmsys.dynapipe.data import find_data_file, read_columns, read_shipped
 from llmsys.dynapipe.profile.formulas import Kind, capacity_terms, layer_terms
 from llmsys.dynapipe.profile.tables import (
@@ -20,7 +21,6 @@ from llmsys.dynapipe.profile.tables import (
     TIME_COLUMNS,
     LayerProfile,
     LayerTables,
-    Recompute,
     grid_from_points,
 )
 
@@ -43,6 +43,10 @@ _SIZE_COLUMN = {
 def open_profile(root: Path | None, name: str, *, hole: Hole = "extrapolate") -> LayerProfile:
     """``load_profile`` if ``root`` (the setting data.root) is given, else ``fitted_profile``."""
     return fitted_profile(name, hole=hole) if root is None else load_profile(root, name, hole=hole)
+
+
+# (hidden, num_heads, kv_channels, ffn_hidden) of the layers that the authors profiled.
+_LAYER_SHAPES = {"gpt_6.7b": (4096, 32, 128, 16384), "t5_11b": (1024, 128, 128, 65536)}
 
 
 def load_profile(root: Path, name: str = "gpt_6.7b", *, hole: Hole = "extrapolate") -> LayerProfile:
@@ -82,6 +86,7 @@ def load_profile(root: Path, name: str = "gpt_6.7b", *, hole: Hole = "extrapolat
         origin="authors' A100-40GB layer profile",
         tables=tables,
         params_mb=_read_params_mb(root, name, architecture),
+        layer_shape=_LAYER_SHAPES.get(name),
     )
 
 
@@ -133,6 +138,7 @@ def fitted_profile(name: str, *, hole: Hole = "extrapolate") -> LayerProfile:
         origin=f"fit to the authors' A100-40GB layer profile (median error {content['median_error']:.1%})",
         tables=tables,
         params_mb=params_mb,
+        layer_shape=_LAYER_SHAPES.get(name),
     )
 
 

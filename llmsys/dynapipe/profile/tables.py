@@ -52,6 +52,7 @@ class LayerProfile:
     of "embedding", "encoder", "decoder" and holds the 16-bit parameters of the embedding or of ONE layer on
     one device. ``origin`` says where the numbers come from. In the authors' profile and in the fit to it, an
     MB is 10^6 bytes for parameters and activations alike.
+    ``layer_shape``: (hidden, num_heads, kv_channels, ffn_hidden) of the profiled layers, None if not known.
     """
 
     name: str
@@ -60,6 +61,7 @@ class LayerProfile:
     origin: str
     tables: Mapping[tuple[int, Recompute], LayerTables]
     params_mb: Mapping[tuple[int, Recompute, str], float]
+    layer_shape: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         layers = (

@@ -32,9 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 from llmsys.core.costs import GridTable
 from llmsys.core.errors import InputError
 from llmsys.core.specs import Architecture
+from llmsys.dynapipe.config import Recompute
 from llmsys.dynapipe.profile.formulas import Kind, fit, layer_terms
 from llmsys.dynapipe.profile.sources import formula_kind
-from llmsys.dynapipe.profile.tables import LayerProfile, Recompute, measured_points, rising_peaks
+from llmsys.dynapipe.profile.tables import LayerProfile, measured_points, rising_peaks
 
 FloatArray = NDArray[np.float64]
 Packs = Sequence[ArrayLike]
@@ -67,6 +68,7 @@ class PackSums:
                     "a pack and its cross lengths differ in size",
                     expected="one input length for each target",
                     found=f"{len(own)} targets, {len(inputs)} inputs",
+                    fix=f"give cross[{i}] one length for each of packs[{i}]",
                 )
             sums[2:, i] = inputs.sum(), own @ inputs
         return cls(tokens=sums[0], squares=sums[1], cross_tokens=sums[2], products=sums[3])
@@ -112,7 +114,12 @@ class VarlenLayer:
         """
         self._check_cross(cross is not None)
         if cross is not None and len(cross) != len(packs):
-            raise InputError("packs and cross differ in number", found=f"{len(packs)} and {len(cross)}")
+            raise InputError(
+                "packs and cross differ in number",
+                expected="the input lengths of each pack in cross",
+                found=f"{len(packs)} packs, {len(cross)} in cross",
+                fix="pass as many entries in cross as in packs",
+            )
         return self.time_of_sums_ms(PackSums.of(packs, cross))
 
     def time_of_sums_ms(self, sums: PackSums) -> tuple[FloatArray, FloatArray]:
@@ -152,12 +159,22 @@ class VarlenLayer:
         return columns
 
     def _largest(self, terms: FloatArray, planes: FloatArray) -> FloatArray:
-        times: FloatArray = (terms @ planes.T).max(axis=1)
+        # Term by term: a matrix product rounds differently with the number of rows, and a pack must cost the same
+        # whatever it is priced with.
+        planes_ms = np.zeros((len(terms), len(planes)))
+        for k in range(terms.shape[1]):
+            planes_ms += terms[:, k, None] * planes[None, :, k]
+        times: FloatArray = planes_ms.max(axis=1)
         return times
 
     def _memory_mb(self, per_token: FloatArray, own: ArrayLike, cross: ArrayLike | None) -> FloatArray:
         if self.kind == "head":
-            raise InputError("the profile has no memory of the head", fix="ask the encoder or decoder layer")
+            raise InputError(
+                "the profile has no memory of the head",
+                expected="kind 'layer' or 'cross_layer'",
+                found=f"kind {self.kind!r}",
+                fix="ask the encoder or decoder layer",
+            )
         self._check_cross(cross is not None)
         tokens = [_token_counts(own)] if cross is None else [_token_counts(own), _token_counts(cross)]
         sums = [sum(float(rate) * count for rate, count in zip(plane, tokens, strict=True)) for plane in per_token]
@@ -258,12 +275,22 @@ def _varlen_layer(kind: Kind, grid: GridTable) -> VarlenLayer:
 def _pack_lengths(name: str, lengths: ArrayLike) -> FloatArray:
     array = np.asarray(lengths, dtype=np.float64).reshape(-1)
     if (array < 0).any() or np.isnan(array).any():
-        raise InputError(f"{name} holds a length that is no token count", expected="at least 0", found=str(array.min()))
+        raise InputError(
+            f"{name} holds a length that is no token count",
+            expected="at least 0",
+            found=str(array.min()),
+            fix=f"correct or drop such lengths of {name}",
+        )
     return array
 
 
 def _token_counts(counts: ArrayLike) -> FloatArray:
     array = np.asarray(counts, dtype=np.float64)
     if (array < 0).any():
-        raise InputError("a token count is negative", expected="at least 0", found=str(array.min()))
+        raise InputError(
+            "a token count is negative",
+            expected="at least 0",
+            found=str(array.min()),
+            fix="set num_tokens (num_cross_tokens)",
+        )
     return array

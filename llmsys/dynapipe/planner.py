@@ -30,7 +30,7 @@ from llmsys.dynapipe.microbatch import (
 )
 from llmsys.dynapipe.ordering import order_samples
 from llmsys.dynapipe.plan import Estimate, MicroBatch, Plan, ReplicaPlan, check_plan
-from llmsys.dynapipe.schedule import Schedule, find_schedule, pass_times
+from llmsys.dynapipe.schedule import Schedule, find_schedule, pass_times, starting_orders
 from llmsys.dynapipe.workload import Samples
 
 # How many partitions are scheduled quickly, and how many of those thoroughly. More finds little: the objective
@@ -42,6 +42,8 @@ _NUM_THOROUGH = 2
 _BALANCE_WEIGHTS = (0.3, 1.0)
 # They are tried for recompute kinds whose plain objective is within this factor of the best.
 _COMPETITIVE = 1.1
+# A recompute kind is searched too when a starting order brings it within this factor of the best.
+_WITHIN_REACH = 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,12 +56,17 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scheduled:
-    """A replica with its schedule. ``costs`` has one row for each of ``micro_batches``."""
+    """A replica with its schedule. ``choices``: costs under each recompute kind, one row for each micro-batch."""
 
     micro_batches: tuple[MicroBatch, ...]
-    costs: MicroBatchCosts
+    choices: Mapping[Recompute, MicroBatchCosts]
     recompute: Recompute
     schedule: Schedule
+
+    @property
+    def costs(self) -> MicroBatchCosts:
+        """Costs under the kind that is used."""
+        return self.choices[self.recompute]
 
 
 class Planner(Protocol):
@@ -327,32 +334,59 @@ def schedule_replica(
         if found is None or not found.feasible:
             continue
         if best is None or found.makespan_ms < best.schedule.makespan_ms:
-            best = Scheduled(micro_batches=micro_batches, costs=chosen, recompute=recompute, schedule=found)
+            best = Scheduled(micro_batches=micro_batches, choices=costs, recompute=recompute, schedule=found)
     return best
 
 
 def improve(
     replicas: Sequence[Scheduled], cost_model: CostModel, config: PlannerConfig, max_moves: int, *, go_on: bool = False
 ) -> list[Scheduled]:
-    """Search for better schedules of each replica, with its recompute kind, as ``config.reorder`` allows.
+    """Search for better schedules of each replica, as ``config.reorder`` allows.
 
-    ``go_on``: from the schedules at hand instead of the reordering's starting orders.
+    From the reordering's starting orders, also under other recompute kinds that come close with one of them; or, if
+    ``go_on``, from the schedules at hand.
     """
     if go_on and (config.reorder != "search" or max_moves == 0):
         return list(replicas)
     result = []
     for replica in replicas:
-        found = find_schedule(
-            replica.costs,
-            cost_model.parallelism.pipeline,
-            free_memory_mb(cost_model, config, replica.recompute),
-            config,
-            max_moves=max_moves,
-            starts=np.array([replica.schedule.permutation], dtype=np.int64) if go_on else None,
-        )
-        better = found is not None and found.feasible and found.makespan_ms < replica.schedule.makespan_ms
-        result.append(replace(replica, schedule=found) if better and found is not None else replica)
+        best = replica
+        at_hand = np.array([replica.schedule.permutation], dtype=np.int64)
+        starts = at_hand if go_on else starting_orders(replica.costs, config)
+        for kind in (replica.recompute,) if go_on else _close_kinds(replica, starts, cost_model, config):
+            found = find_schedule(
+                replica.choices[kind],
+                cost_model.parallelism.pipeline,
+                free_memory_mb(cost_model, config, kind),
+                config,
+                max_moves=max_moves,
+                starts=starts,
+            )
+            if found is not None and found.feasible and found.makespan_ms < best.schedule.makespan_ms:
+                best = replace(replica, recompute=kind, schedule=found)
+        result.append(best)
     return result
+
+
+def _close_kinds(
+    replica: Scheduled, starts: NDArray[np.int64], cost_model: CostModel, config: PlannerConfig
+) -> list[Recompute]:
+    """The replica's recompute kind, and those that some starting order brings within reach of it."""
+    num_devices = cost_model.parallelism.pipeline
+    reach_ms = _WITHIN_REACH * replica.schedule.makespan_ms
+    kinds = [replica.recompute]
+    for kind, costs in replica.choices.items():
+        free_mb = free_memory_mb(cost_model, config, kind)
+        if kind == replica.recompute or not costs.feasible.all() or (free_mb <= 0).any():
+            continue
+        work_ms = (costs.forward_ms + costs.backward_ms).sum(axis=0)
+        busiest_ms = max(work_ms[device::num_devices].sum() for device in range(num_devices))
+        if busiest_ms >= replica.schedule.makespan_ms:
+            continue
+        found = find_schedule(costs, num_devices, free_mb, config, max_moves=0, starts=starts)
+        if found is not None and found.feasible and found.makespan_ms < reach_ms:
+            kinds.append(kind)
+    return kinds
 
 
 def free_memory_mb(cost_model: CostModel, config: PlannerConfig, recompute: Recompute) -> NDArray[np.float64]:

@@ -102,10 +102,36 @@ class DynaPipe:
     def schedule(self, samples: Samples, cost_model: CostModel, config: PlannerConfig) -> list[Scheduled]:
         padded = PaddedLengths.of(samples, encoder_decoder=cost_model.encoder_decoder, config=config)
         candidates = self.partitions(samples, padded, cost_model, config)
-        priced = self._price([c.groups for c in candidates], samples, padded, cost_model, config)
-        # The given order tells partitions apart well enough; sometimes only another one fits.
+        quick = self._quick(candidates[:_NUM_QUICK], samples, padded, cost_model, config)
+        # Where memory is tight the best cuts may need more of it at once than any allowed schedule leaves.
+        for candidate in candidates[_NUM_QUICK:]:
+            quick = quick or self._quick([candidate], samples, padded, cost_model, config)
+        if not quick:
+            priced = self._price([candidates[0].groups], samples, padded, cost_model, config)
+            raise no_schedule_error(priced[0], cost_model, config)
+        quick.sort(key=slowest_ms)
+        if config.reorder == "none":
+            return quick[0]
+        # A quarter of the moves tells the best few apart, the rest goes to the winner.
+        trial = config.max_moves // 4
+        best = min((improve(r, cost_model, config, trial) for r in quick[:_NUM_THOROUGH]), key=slowest_ms)
+        return improve(best, cost_model, config, config.max_moves - trial, go_on=True)
+
+    def _quick(
+        self,
+        candidates: Sequence[Partition],
+        samples: Samples,
+        padded: PaddedLengths,
+        cost_model: CostModel,
+        config: PlannerConfig,
+    ) -> list[list[Scheduled]]:
+        """A schedule of each candidate that has one, in the given order of micro-batches.
+
+        That order tells partitions apart well enough; sometimes only another one fits.
+        """
         plain = replace(config, reorder="none")
         quick: list[list[Scheduled]] = []
+        priced = self._price([c.groups for c in candidates], samples, padded, cost_model, config)
         for rank, (candidate, work) in enumerate(zip(candidates, priced, strict=True)):
             parts = balance(work.costs, cost_model.parallelism.data, candidate.recompute)
             replicas = schedule_parts(work, parts, cost_model, plain)
@@ -118,20 +144,12 @@ class DynaPipe:
                     replicas = again
             if replicas is not None:
                 quick.append(replicas)
-        if not quick:
-            raise no_schedule_error(priced[0], cost_model, config)
-        quick.sort(key=slowest_ms)
-        if config.reorder == "none":
-            return quick[0]
-        # A quarter of the moves tells the best few apart, the rest goes to the winner.
-        trial = config.max_moves // 4
-        best = min((improve(r, cost_model, config, trial) for r in quick[:_NUM_THOROUGH]), key=slowest_ms)
-        return improve(best, cost_model, config, config.max_moves - trial, go_on=True)
+        return quick
 
     def partitions(
         self, samples: Samples, padded: PaddedLengths, cost_model: CostModel, config: PlannerConfig
     ) -> list[Partition]:
-        """The partitions worth scheduling, best first: over all recompute kinds, numbers in flight and weights."""
+        """Partitions over all recompute kinds, numbers in flight and weights; distinct, best first."""
         parallelism = cost_model.parallelism
         order = order_samples(padded.encoder_len, padded.decoder_len, config)
         uneven = (parallelism.data - 1) / parallelism.data  # of the longest micro-batch, the most that cannot be shared
@@ -145,7 +163,7 @@ class DynaPipe:
                     found[candidate.groups] = candidate
         if not found:
             raise explain_infeasible(samples, padded, cost_model, config, varlen=self.attention == "varlen")
-        return sorted(found.values(), key=lambda p: _balanced_ms(p, cost_model))[:_NUM_QUICK]
+        return sorted(found.values(), key=lambda p: _balanced_ms(p, cost_model))
 
     def _cut(
         self,

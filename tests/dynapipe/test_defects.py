@@ -1,8 +1,8 @@
 """What is known to go wrong in the public planner must not go wrong here: one test for each such defect.
 
 The numbers are those of the list the tests are named for; 6 (token counts without padding) is test_baselines.py's
-test_6_token_counts_include_padding, 13 (an unprotected plan store) belongs to the runtime, and 5 and 15 are about
-options that do not exist here.
+test_6_token_counts_include_padding, 13 (an unprotected plan store) belongs to the runtime, and 15 is about code that
+does not exist here.
 """
 
 from __future__ import annotations

@@ -57,6 +57,26 @@ class DeadlineError(LlmsysError, TimeoutError):
     """A wait passed its deadline; the summary names the peer, the operation and what it waited for."""
 
 
+class TransportError(LlmsysError):
+    """Moving bytes failed; the summary names the peer and the operation."""
+
+
+class PeerLostError(TransportError):
+    """The peer ended, closed its connection, or was not heard of within its lease."""
+
+
+class LeaseExpiredError(TransportError):
+    """The right to touch a peer's memory ended before the operation did; what was read must not be used."""
+
+
+class AuthenticationError(TransportError):
+    """A peer did not present the job's secret, or we do not know it."""
+
+
+class DescriptorError(LlmsysError, ValueError):
+    """A descriptor of remote memory is truncated, damaged, of another version, stale, or out of bounds."""
+
+
 class PlanError(LlmsysError):
     """A plan breaks one of its rules. ``grid``, if given, is the plan as text with the bad cell marked."""
 

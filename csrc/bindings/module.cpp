@@ -27,7 +27,8 @@ nb::dict build_info() {
 }  // namespace
 
 NB_MODULE(_C, m) {
-    m.doc() = "Native solvers of llmsys.";
+    m.doc() = "Native solvers and communication engine of llmsys.";
     m.def("build_info", &build_info, "How this module was built: compiler, C++ standard, CUDA toolchain, sanitizers.");
     bind_solvers(m);
+    bind_comm(m);
 }

@@ -39,6 +39,7 @@ FILE_RANKS: dict[str, float] = {
 EXTRA_RANKS: dict[str, dict[str, float]] = {
     "dynapipe": {"data": 0, "profile": 0.5, "grid": 3}
     | dict.fromkeys(("ordering", "balance", "microbatch", "schedule", "communication"), 2.5),
+    "kvdirect": {"blocks": 0.5, "layout": 0.5, "holds": 0.6, "messages": 0.7, "tickets": 0.7},
     "lancet": {"passes": 4},
 }
 # The plan is all that a planner and its executors share. Order and lifetimes of transfers are part of what a

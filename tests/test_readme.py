@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments import catalog
+from llmsys.comm.transports import available_transports
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmsys" / "dynapipe"
@@ -26,9 +28,20 @@ def _names(paths: tuple[Path, ...]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
+_BLOCK = re.compile(r"^```python\n(?:# (\w+\.py)\n)?(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
 def _python(document: Path) -> str:
-    """All Python of a document, as one program."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL))
+    """All Python of a document, as one program, but for the blocks that begin with the name of a file of their own."""
+    return "\n".join(text for name, text in _BLOCK.findall(document.read_text()) if not name)
+
+
+def _scripts(document: Path, folder: Path) -> list[str]:
+    """Writes the blocks that are files of their own to `folder`; their names."""
+    found = [(name, text) for name, text in _BLOCK.findall(document.read_text()) if name]
+    for name, text in found:
+        (folder / name).write_text(text)
+    return [name for name, _ in found]
 
 
 def _run(document: Path, folder: Path, data_root: Path | None) -> str:
@@ -61,6 +74,27 @@ def test_python_runs_on_the_real_files(document: Path, tmp_path: Path) -> None:
     if not (root / "multitask_lengths.parquet").is_file():
         pytest.skip(f"no multitask_lengths.parquet in {root}: set LLMSYS_DATA_ROOT to the directory of the real files")
     assert "dynapipe plan: " in _run(document, tmp_path, root)
+
+
+def test_kvdirect_example_moves_blocks_between_two_processes(tmp_path: Path) -> None:
+    """Run as the README says: prefill.py piped into decode.py, with a secret in the environment."""
+    assert _scripts(READMES[0], tmp_path) == ["prefill.py", "decode.py"]
+    code = [line for name in ("prefill.py", "decode.py") for line in (tmp_path / name).read_text().splitlines()]
+    assert len([line for line in code if line and not line.startswith(("import", "from"))]) <= 20
+    if reason := available_transports()["ucx"]:
+        pytest.skip(reason)
+    environment = os.environ | {"LLMSYS_JOB_SECRET": secrets.token_hex(16)}
+    done = subprocess.run(
+        f"{sys.executable} prefill.py | {sys.executable} decode.py",
+        shell=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0.0, 1.0, 2.0]"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))

@@ -158,6 +158,18 @@ def coalesce(
     ranges overlap.
     """
 
+def copy_ranges(
+    destination_address: int,
+    source_address: int,
+    destination_offsets: NDArray[np.int64],
+    source_offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> float:
+    """memcpy of ranges, one after the other, by the calling thread; the seconds it took. Addresses are not checked.
+
+    The limit that transfers within a host are compared with.
+    """
+
 Event: TypeAlias = (
     tuple[Literal["notification"], int, int, bytes]  # peer, id (1, 2, 3... for each peer), payload
     | tuple[Literal["established"], int]  # peer

@@ -31,4 +31,5 @@ NB_MODULE(_C, m) {
     m.def("build_info", &build_info, "How this module was built: compiler, C++ standard, CUDA toolchain, sanitizers.");
     bind_solvers(m);
     bind_comm(m);
+    bind_copy_ranges(m);
 }

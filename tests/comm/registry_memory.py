@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -30,9 +32,11 @@ class BookTransport:
         self.imported: list[RemoteRegion] = []
         self.forgotten: list[RemoteRegion] = []
         self.busy: set[int] = set()
+        self.crowd: threading.Barrier | None = None
         self._ids = itertools.count(1)
 
     def register(self, address: int, size_bytes: int, *, device: str = "cpu", owner: object = None) -> Region:
+        self._meet()
         region_id = next(self._ids)
         key = f"key {region_id}".encode()
         region = Region(region_id=region_id, address=address, size_bytes=size_bytes, device=device, remote_key=key)
@@ -51,6 +55,7 @@ class BookTransport:
     def import_region(
         self, peer: Peer, *, address: int, size_bytes: int, device: str, remote_key: bytes
     ) -> RemoteRegion:
+        self._meet()
         assert any(
             (r.address, r.size_bytes, r.device, r.remote_key) == (address, size_bytes, device, remote_key)
             for r, _ in self.registered.values()
@@ -65,6 +70,12 @@ class BookTransport:
         )
         self.imported.append(remote)
         return remote
+
+    def _meet(self) -> None:
+        """Lets threads that are here at once all go on from here, and one that is alone after a while."""
+        if self.crowd is not None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.crowd.wait(timeout=0.3)
 
     def forget_region(self, remote: RemoteRegion) -> None:
         self.forgotten.append(remote)

@@ -1,11 +1,10 @@
-"""Descriptors, views, runs and batches against torch on the same memory."""
+"""Descriptors, views and runs against torch on the same memory."""
 
 from __future__ import annotations
 
 import itertools
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,22 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from llmsys.comm.registry import DTYPE_BYTES, LocalTensor, TensorDescriptor, View, block_copies, copies, runs
-from llmsys.comm.registry.batches import Side
+from llmsys.comm.registry import DTYPE_BYTES, LocalTensor, TensorDescriptor, View, runs
 from llmsys.core.errors import DescriptorError, InputError
 from tests.comm.registry_memory import (
     bytes_at,
     bytes_of,
     element_offsets,
     make_registry,
-    move,
     random_tensor,
-    seen_by_peer,
     storage_bytes,
 )
 
 DTYPES = [getattr(torch, name) for name in DTYPE_BYTES]
-SIDES: tuple[Side, ...] = ("local", "remote")
 
 
 def run_bytes(view: View[object] | LocalTensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -227,85 +222,6 @@ def test_a_region_may_end_at_the_last_address() -> None:
     assert replace(GOOD, region_address=top, address=top).element_range == (top, 1 << 64)
 
 
-@pytest.mark.parametrize("into", SIDES)
-def test_copies_move_what_torch_copies(into: Side) -> None:
-    rng = np.random.default_rng(3)
-    book, registry = make_registry()
-    for dtype, _ in itertools.product(DTYPES, range(12)):
-        shape = rng.integers(0 if rng.random() < 0.1 else 1, 6, size=rng.integers(0, 5)).tolist()
-        here, there = random_tensor(rng, dtype, shape=shape), random_tensor(rng, dtype, shape=shape)
-        local = registry.register("here", here)
-        registry.register("there", there)
-        remote = seen_by_peer(registry, book)["there"]
-        target, source = (here, there) if into == "local" else (there, here)
-        # The same view of a copy of the whole storage, so that bytes which must not change are compared too.
-        expected = target.clone().set_(
-            target.untyped_storage().clone(), target.storage_offset(), shape, target.stride()
-        )
-        expected.copy_(source)
-        move(copies(local, remote, into=into), into)
-        assert storage_bytes(target) == storage_bytes(expected)
-        registry.close()
-
-
-def test_copies_between_gathered_views() -> None:
-    rng = np.random.default_rng(4)
-    book, registry = make_registry()
-    for _ in range(200):
-        here = random_tensor(rng, torch.int32, shape=[7, 3, 4])
-        there = random_tensor(rng, torch.int32, shape=[9, 3, 4])
-        local = registry.register("here", here).blocks(0, ids := rng.permutation(7)[:5]).permute([1, 0, 2])
-        registry.register("there", there)
-        remote = (
-            seen_by_peer(registry, book)["there"].blocks(0, others := rng.integers(0, 9, size=5)).permute([1, 0, 2])
-        )
-        expected = here.clone()
-        expected[torch.from_numpy(ids)] = there[torch.from_numpy(others)]
-        move(copies(local, remote), "local")
-        assert torch.equal(here, expected)
-        registry.close()
-
-
-def test_copies_are_as_long_as_both_sides_allow() -> None:
-    book, registry = make_registry()
-    whole = torch.empty(2, 8, 6, 4, dtype=torch.uint8)
-    rows = torch.empty(2, 8, 6, 8, dtype=torch.uint8)[..., :4]
-    for name, tensor in {"whole": whole, "rows": rows}.items():
-        registry.register(name, tensor)
-    remote = seen_by_peer(registry, book)
-
-    def lengths(local: View[object] | LocalTensor, other: View[object]) -> list[int]:
-        return [n for group in copies(local, other) for n in group.lengths.tolist()]  # type: ignore[arg-type]
-
-    assert lengths(registry["whole"], remote["whole"].view()) == [2 * 8 * 6 * 4]
-    assert lengths(registry["rows"], remote["whole"].view()) == [4] * 96
-    turned = [2, 3, 0, 1]
-    assert lengths(registry["whole"].permute(turned), remote["whole"].permute(turned)) == [2 * 8 * 6 * 4]
-    assert lengths(registry["whole"].slice(1, 2, 5), remote["whole"].slice(1, 0, 3)) == [3 * 6 * 4] * 2
-
-
-def test_copies_refuse_what_does_not_fit() -> None:
-    book, registry = make_registry()
-    registry.register("k", torch.zeros(4, 6), dims=("block", "size"))
-    registry.register("ints", torch.zeros(4, 6, dtype=torch.int32))
-    registry.register("turned", torch.zeros(4, 6), dims=("size", "block"))
-    registry.register("short", torch.zeros(3, 6))
-    registry.register("expanded", torch.zeros(1, 6).expand(4, 6))
-    remote, k = seen_by_peer(registry, book), registry["k"]
-    for name, text in {"ints": "dtypes", "turned": "dimensions", "short": "shapes"}.items():
-        with pytest.raises(InputError, match=f"{text} of local tensor 'k' and remote tensor '{name}' differ"):
-            copies(k, remote[name])
-    assert len(copies(k, remote["expanded"])[0].lengths) == 4, "an expanded tensor can be read"
-    with pytest.raises(InputError, match="remote tensor 'expanded' overlap"):
-        copies(k, remote["expanded"], into="remote")
-    with pytest.raises(InputError, match="local tensor 'k' overlap"):
-        copies(k.blocks(0, [1, 1]), remote["k"].blocks(0, [2, 3]))
-    with pytest.raises(InputError, match="no target"):
-        copies(k, remote["k"], into="both")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no region at hand"):
-        copies(k.descriptor, remote["k"])
-
-
 def test_overlap_is_found_exactly() -> None:
     rng = np.random.default_rng(5)
     seen = {True: 0, False: 0}
@@ -327,91 +243,6 @@ def test_overlap_is_found_exactly() -> None:
         assert view.overlaps_itself() is expected
         seen[expected] += 1
     assert min(seen.values()) > 50
-
-
-@pytest.mark.parametrize("into", SIDES)
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("shared", [False, True], ids=["own regions", "one region"])
-def test_block_copies_move_blocks_of_every_layer(into: Side, dim: int, shared: bool) -> None:
-    rng = np.random.default_rng(6)
-    book, registry = make_registry()
-    shapes = ([12, 5, 8], [20, 5, 8]) if dim == 0 else ([2, 12, 8], [2, 20, 8])
-    here, there = (make_layers(rng, shape, shared) for shape in shapes)
-    for name, layers in {"here": here, "there": there}.items():
-        for i, layer in enumerate(layers):
-            registry.register(f"{name}{i}", layer)
-    remote = seen_by_peer(registry, book)
-    ids, others = rng.permutation(12)[:9], rng.permutation(20)[:9]
-    before = [layer.clone() for layer in (here if into == "local" else there)]
-    batch = block_copies(
-        [registry[f"here{i}"] for i in range(4)],
-        [remote[f"there{i}"] for i in range(4)],
-        ids,
-        others.tolist(),
-        dim=dim,
-        into=into,
-    )
-    assert len(batch) == (1 if shared else 4)
-    source = there if into == "local" else here
-    mine, yours = (torch.from_numpy(i) for i in ((ids, others) if into == "local" else (others, ids)))
-    for expected, layer in zip(before, source, strict=True):
-        expected.index_copy_(dim, mine, layer.index_select(dim, yours))
-    move(batch, into)
-    assert all(torch.equal(a, b) for a, b in zip(before, here if into == "local" else there, strict=True))
-
-
-def make_layers(rng: np.random.Generator, shape: list[int], shared: bool) -> list[torch.Tensor]:
-    values = torch.from_numpy(rng.integers(0, 1 << 30, size=[4, *shape]))
-    return [values[i] if shared else values[i].clone() for i in range(4)]
-
-
-def test_block_copies_coalesce_as_the_paper_does() -> None:
-    book, registry = make_registry()
-    registry.register("kv", torch.empty(2, 40, 16))
-    remote = seen_by_peer(registry, book)
-    ids, others = [7, 3, 4, 5, 20, 8, 9], [31, 11, 12, 13, 0, 32, 34]
-    (group,) = block_copies([registry["kv"]], [remote["kv"]], ids, others, dim=1)
-    # Sorted by local block: 3-5, 7-8, then 9 (the remote side jumps from 32 to 34), 20; for K and for V.
-    expected = [(3, 11, 3), (7, 31, 2), (9, 34, 1), (20, 0, 1)]
-    segments = np.stack([group.local_offsets, group.remote_offsets, group.lengths], axis=1) // 64
-    assert segments.tolist() == [[a + v, b + v, n] for v in (0, 40) for a, b, n in expected]
-
-
-def test_block_copies_refuse_bad_ids() -> None:
-    book, registry = make_registry()
-    registry.register("k", torch.zeros(4, 6))
-    remote, k = seen_by_peer(registry, book)["k"], registry["k"]
-    assert block_copies([k], [remote], [], []) == []
-    assert block_copies([], [], [0], [1]) == []
-    for ids, others, text in (
-        ([0, 1], [1], "as many remote_ids as local_ids"),
-        ([0, 4], [1, 2], "index 4 at position 1"),
-        ([0, 1], [1, -2], "index -2 at position 1"),
-        ([1, 1], [1, 2], "overlap"),
-    ):
-        with pytest.raises(InputError, match=text):
-            block_copies([k], [remote], ids, others)
-    with pytest.raises(InputError, match="in pairs"):
-        block_copies([k, k], [remote], [0], [1])
-
-
-@pytest.mark.parametrize(("num_tensors", "num_blocks", "limit_ms"), [(1, 32_768, 8.0), (160, 512, 30.0)])
-def test_block_copies_are_quick(num_tensors: int, num_blocks: int, limit_ms: float) -> None:
-    """On two quiet cores 1.3 ms and 3.3 ms; the limits leave room for a slow machine, not for a loop over blocks."""
-    rng = np.random.default_rng(7)
-    book, registry = make_registry()
-    for i in range(num_tensors):
-        registry.register(f"{i}", torch.empty(num_blocks + 100, 4))
-    remote = seen_by_peer(registry, book)
-    here, there = [registry[name] for name in registry], [remote[name] for name in remote]
-    ids, others = (rng.permutation(num_blocks + 100)[:num_blocks] for _ in range(2))
-    times_ms = []
-    for _ in range(15):
-        start = time.perf_counter()
-        batch = block_copies(here, there, ids, others)
-        times_ms.append((time.perf_counter() - start) * 1e3)
-    assert sum(int(group.lengths.sum()) for group in batch) == num_tensors * num_blocks * 16
-    assert min(times_ms) < limit_ms
 
 
 def test_addresses_need_no_torch() -> None:

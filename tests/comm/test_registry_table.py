@@ -68,7 +68,7 @@ def test_regions_are_imported_at_first_use_and_once() -> None:
     book, registry = small_registry()
     remote = seen_by_peer(registry, book)
     assert remote.descriptor("layer0.k") and book.imported == []
-    start = threading.Barrier(4)
+    book.crowd, start = threading.Barrier(2), threading.Barrier(4)
 
     def use() -> None:
         start.wait(timeout=30)
@@ -168,7 +168,7 @@ WRONG: dict[str, object] = {
     "region size 2**63": body(regions=[[1, 4096, 1 << 63, "cpu", b"key"]]),
     "region id negative": body(regions=[[-1, 4096, 64, "cpu", b"key"]]),
     "region address negative": body(regions=[[1, -64, 64, "cpu", b"key"]]),
-    "region passes the last address": body(regions=[[1, TOP + 1, 64, "cpu", b"key"]]),
+    "region passes the last address": body(regions=[[1, TOP + 1, 64, "cpu", b"key"]], tensors=[]),
     "region without device": body(regions=[[1, 4096, 64, "", b"key"]]),
     "one region twice": body(regions=[REGION, REGION]),
     "one id for two regions": body(regions=[REGION, [1, 8192, 64, "cpu", b"other"]]),
@@ -195,6 +195,7 @@ WRONG: dict[str, object] = {
     "dimension names are lists": body(layouts=[["bfloat16", "cpu", [[], []], [4, 8], None]]),
     "tensor on another device": body(layouts=[["bfloat16", "cuda:0", [], [4, 8], None]]),
     "no such region": body(tensors=[["k", 1, 0, 0]]),
+    "region is false": body(tensors=[["k", False, 0, 0]]),
     "no such layout": body(tensors=[["k", 0, 0, 1]]),
     "layout from the end": body(tensors=[["k", 0, 0, -1]]),
     "no region for elements": body(tensors=[["k", None, 0, 0]]),
@@ -252,18 +253,18 @@ def test_random_bytes_raise_only_descriptor_errors() -> None:
 
 @pytest.mark.parametrize(("shared", "limit_bytes"), [(True, 40), (False, 70)], ids=["one region", "a region each"])
 def test_a_table_of_5000_tensors(shared: bool, limit_bytes: int) -> None:
-    """About 34 bytes a tensor in one region, 62 with a region each and keys of 8 bytes, 22 of them the name."""
+    """About 34 bytes a tensor in one region, 62 with a region each and keys of 8 bytes, 22 of them the name; 0.1 s."""
     book, registry = make_registry()
     storage = torch.empty(5000, 16, 2)
     for i in range(5000):
         registry.register(f"model.layers.{i}.k_cache", storage[i] if shared else torch.empty(16, 2))
-    start = time.perf_counter()
+    start_s = time.process_time()
     data = registry.export()
     remote = importing(data, book)
-    seconds = time.perf_counter() - start
+    cpu_s = time.process_time() - start_s
     assert len(remote) == 5000 and all(remote.descriptor(name) == registry[name].descriptor for name in registry)
     assert len(data) / 5000 < limit_bytes
-    assert seconds < 1.0
+    assert cpu_s < 1.0
 
 
 def test_chunks_come_together_in_any_order() -> None:
@@ -343,7 +344,7 @@ def test_memory_registered_twice_keeps_every_owner() -> None:
 
 def test_a_name_is_registered_once_also_by_threads() -> None:
     book, registry = make_registry()
-    start = threading.Barrier(8)
+    book.crowd, start = threading.Barrier(2), threading.Barrier(8)
     refused = []
 
     def register(number: int) -> None:

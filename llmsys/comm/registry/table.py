@@ -124,7 +124,7 @@ def _body(data: bytes) -> Any:
     try:
         # The lengths of what is inside are limited by the length of the body, so that none can claim more memory.
         return msgpack.unpackb(body)
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, msgpack.UnpackException) as error:
         raise _damaged("damaged", "a msgpack body", f"{type(error).__name__}: {str(error)[:100]}") from error
 
 

@@ -1,0 +1,468 @@
+"""The native engine between two engines of one process: data, order, checks, memory, cost of being idle."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmsys import _C
+from tests.comm.engines import (
+    PATHS,
+    WAIT_S,
+    Integers,
+    Link,
+    Memory,
+    child_of,
+    connect,
+    ended,
+    linked,
+    new_engine,
+    new_memory,
+    pattern,
+    post,
+    succeeded,
+    tcp_pair,
+    wait_event,
+)
+
+pytestmark = pytest.mark.native
+
+SIZE = 1 << 20
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def link(path: str) -> Iterator[Link]:
+    with linked(path) as made:
+        yield made
+
+
+@pytest.fixture
+def any_link() -> Iterator[Link]:
+    with linked() as made:
+        yield made
+
+
+def memories(link: Link, size_bytes: int, path: str = "") -> tuple[Memory, Memory, int]:
+    """Memory here, memory there, and the latter as imported here."""
+    local = new_memory(link.here, size_bytes)
+    target = new_memory(link.there, size_bytes, allocate=path != "cma")
+    return local, target, target.imported_by(link.here, link.peer)
+
+
+def drop(link: Link, local: Memory, target: Memory, remote: int) -> None:
+    link.here.drop_remote(remote)
+    link.here.release(local.region)
+    link.there.release(target.region)
+
+
+def shuffled(rng: np.random.Generator, size_bytes: int, count: int) -> Integers:
+    """Rows (local, remote, length): ragged pieces that do not overlap on either side, some adjacent, some empty."""
+    cuts = np.sort(rng.integers(0, size_bytes, count - 1))
+    begins = np.concatenate([[0], cuts])
+    lengths = np.diff(np.concatenate([begins, [size_bytes]]))
+    order = rng.permutation(count)
+    remote = np.empty(count, np.int64)
+    remote[order] = np.cumsum(lengths[order]) - lengths[order]
+    return np.stack([begins, remote, lengths], axis=1)[rng.permutation(count)]
+
+
+@pytest.mark.parametrize("coalesce", [True, False], ids=["coalesced", "as_given"])
+@pytest.mark.parametrize("write", [False, True], ids=["read", "write"])
+def test_shuffled_ragged_pieces_arrive(link: Link, path: str, write: bool, coalesce: bool) -> None:
+    rng = np.random.default_rng(3)
+    local, target, remote = memories(link, SIZE, path)
+    assert link.here.remote_path(remote) == path
+    for count in (1, 2, 3000):
+        entries = shuffled(rng, SIZE, count)
+        local.array[:], target.array[:] = pattern(SIZE, count), pattern(SIZE, count + 1)
+        here, there = local.array.copy(), target.array.copy()
+        for begin, far, length in entries.tolist():
+            if write:
+                there[far : far + length] = here[begin : begin + length]
+            else:
+                here[begin : begin + length] = there[far : far + length]
+        request = succeeded(post(link.here, write, link.peer, local, remote, entries, coalesce))
+        assert np.array_equal(local.array, here) and np.array_equal(target.array, there)
+        assert (request.num_entries, request.size_bytes, request.paths) == (count, SIZE, [path])
+        assert request.num_segments == (entries[:, 2] > 0).sum() or coalesce
+        assert 0 < request.posted_ns <= request.started_ns <= request.finished_ns <= time.monotonic_ns()
+    drop(link, local, target, remote)
+
+
+def test_another_process_is_reached_by_the_same_path(path: str) -> None:
+    engine = new_engine(path)
+    try:
+        with child_of(engine, path, SIZE, seed=5) as child:
+            assert engine.remote_path(child.remote) == path
+            local = new_memory(engine, SIZE)
+            entries = shuffled(np.random.default_rng(0), SIZE, 500)
+            succeeded(post(engine, False, child.peer, local, child.remote, entries))
+            expected = np.zeros(SIZE, np.uint8)
+            for begin, far, length in entries.tolist():
+                expected[begin : begin + length] = pattern(SIZE, 5)[far : far + length]
+            assert np.array_equal(local.array, expected)
+            succeeded(post(engine, True, child.peer, local, child.remote, [(0, 0, SIZE)]))
+            local.array[:] = 0
+            succeeded(post(engine, False, child.peer, local, child.remote, [(0, 0, SIZE)]))
+            assert np.array_equal(local.array, expected)
+    finally:
+        engine.close()
+
+
+def test_groups_share_entries(link: Link, path: str) -> None:
+    """Many tensors with one list of blocks, as the layers of a cache: one batch."""
+    block, num_blocks, num_layers = 512, 8, 40
+    made = [memories(link, block * num_blocks, path) for _ in range(num_layers)]
+    for i, (_, target, _) in enumerate(made):
+        target.array[:] = pattern(block * num_blocks, i)
+    groups = np.array([(local.region, remote, 0, 3) for local, _, remote in made])
+    mine, theirs = np.array([0, 1, 5]) * block, np.array([6, 7, 2]) * block
+    request = succeeded(link.here.post(False, link.peer, groups, mine, theirs, np.full(3, block)))
+    assert (request.num_entries, request.num_segments) == (3 * num_layers, 2 * num_layers)
+    for local, target, remote in made:
+        expected = np.zeros_like(local.array)
+        expected[: 2 * block], expected[5 * block : 6 * block] = (
+            target.array[6 * block :],
+            target.array[2 * block :][:block],
+        )
+        assert np.array_equal(local.array, expected)
+        drop(link, local, target, remote)
+
+
+def test_empty_batches_end_in_order(link: Link, path: str) -> None:
+    local, target, remote = memories(link, 4096, path)
+    requests = [link.read(local, remote, entries) for entries in ([(0, 0, 4096)], [], [(5, 6, 0)])]
+    succeeded(requests[-1])
+    assert all(r.done() for r in requests)
+    assert [r.size_bytes for r in requests] == [4096, 0, 0] and requests[1].paths == []
+    drop(link, local, target, remote)
+
+
+def test_notification_never_overtakes_the_data(link: Link, path: str) -> None:
+    slot, rounds = 1 << 15, 100
+    local, target, remote = memories(link, slot * rounds, path)
+    local.array[:] = pattern(slot * rounds, 8)
+    for i in range(rounds):
+        link.write(local, remote, [(i * slot, i * slot, slot)])
+        link.here.notify(link.peer, str(i).encode())
+    for i in range(rounds):
+        assert wait_event(link.there, "notification")[3] == str(i).encode()
+        assert np.array_equal(target.array[i * slot : (i + 1) * slot], local.array[i * slot : (i + 1) * slot])
+    succeeded(link.here.notify(link.peer, b"last"))
+    wait_event(link.there, "notification")
+    drop(link, local, target, remote)
+
+
+def test_notifications_arrive_exactly_once_in_order() -> None:
+    count = 100_000
+    with linked() as link:
+        senders = [(link.here, link.peer, link.there, link.back), (link.there, link.back, link.here, link.peer)]
+        lasts = {}
+
+        def send(engine: _C.Engine, peer: int) -> None:
+            for i in range(count // 2):
+                request = engine.notify(peer, b"%d" % i)
+            lasts[engine] = request
+
+        threads = [threading.Thread(target=send, args=sender[:2]) for sender in senders]
+        for thread in threads:
+            thread.start()
+        for _, _, engine, peer in senders:
+            for i in range(count // 2):
+                assert engine.next_event(WAIT_S) == ("notification", peer, i + 1, b"%d" % i)
+        for thread in threads:
+            thread.join(WAIT_S)
+        for engine, request in lasts.items():
+            succeeded(request)
+            assert engine.next_event(0.0) is None
+            stats = engine.stats()
+            assert (stats["num_notifications_sent"], stats["num_notifications_received"]) == (count // 2, count // 2)
+            assert stats["num_dropped_messages"] == 0
+
+
+def test_largest_notification_arrives_and_a_larger_one_is_refused(any_link: Link) -> None:
+    payload = pattern(1 << 20, 0).tobytes()
+    succeeded(any_link.here.notify(any_link.peer, payload))
+    assert any_link.there.next_event(WAIT_S) == ("notification", any_link.back, 1, payload)
+    succeeded(any_link.here.notify(any_link.peer, b""))
+    assert any_link.there.next_event(WAIT_S) == ("notification", any_link.back, 2, b"")
+    with pytest.raises(ValueError, match="max_message_bytes=1048576 bytes, got 1048577"):
+        any_link.here.notify(any_link.peer, payload + b"x")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([(0, 0, 4096), (1, 0, 4096)], "entry 1 of group 0 is out of bounds: local offset 1 of 4096"),
+        ([(0, 1, 4096)], "remote offset 1 of 4096 bytes, length 4096"),
+        ([(0, 0, 1), (4097, 0, 0)], "entry 1 .*local offset 4097"),
+        ([(-1, 0, 1)], "local offset -1"),
+        ([(0, 0, -1)], "length -1"),
+        ([(0, 0, (1 << 63) - 1)], "length 9223372036854775807"),
+        ([((1 << 63) - 1, 0, 2)], "local offset 9223372036854775807"),
+        ([(0, 0, 100), (99, 200, 100)], "entries 0 and 1 of a batch have local bytes in common"),
+    ],
+)
+def test_bad_entries_are_refused_before_anything_moves(any_link: Link, entries: Any, expected: str) -> None:
+    local, target, remote = memories(any_link, 4096)
+    target.array[:] = 1
+    with pytest.raises(ValueError, match=expected):
+        any_link.read(local, remote, entries)
+    succeeded(any_link.here.notify(any_link.peer, b""))
+    assert not local.array.any()
+
+
+def test_bad_groups_and_ids_are_refused(any_link: Link) -> None:
+    local, target, remote = memories(any_link, 4096)
+    other = target.imported_by(any_link.here, any_link.peer)
+    here, one = any_link.here, np.array([64])
+
+    def read(*groups: tuple[int, int, int, int], peer: int = any_link.peer) -> _C.Request:
+        return here.post(False, peer, np.array(groups, np.int64).reshape(-1, 4), one, one, one)
+
+    for group, expected in (
+        ((99, remote, 0, 1), "no region 99"),
+        ((local.region, 99, 0, 1), "no remote 99"),
+        ((local.region, remote, 0, 2), "group 0 has entries 0 to 2, out of 1"),
+        ((local.region, remote, 1, 0), "entries 1 to 0"),
+        ((local.region, remote, -1, 1), "entries -1 to 1"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            read(group)
+    with pytest.raises(ValueError, match="there is no peer 7"):
+        read(peer=7)
+    # Two remotes, one destination.
+    with pytest.raises(ValueError, match="two groups of a batch have the same destination"):
+        read((local.region, remote, 0, 1), (local.region, other, 0, 1))
+    with pytest.raises(ValueError, match="two groups of a batch have the same destination"):
+        here.post(
+            True, any_link.peer, np.array([(local.region, remote, 0, 1), (local.region, other, 0, 1)]), one, one, one
+        )
+    with pytest.raises(ValueError, match="a group has 4 values"):
+        here.post(False, any_link.peer, np.zeros((1, 3), np.int64), one, one, one)
+    with pytest.raises(ValueError, match="size_bytes must be positive"):
+        here.allocate(0)
+    with pytest.raises(ValueError, match="size_bytes must be positive"):
+        here.register_memory(local.address, 0)
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got tpu"):
+        here.register_memory(local.address, 1, "tpu")
+
+
+def test_damaged_and_foreign_keys_are_refused(any_link: Link) -> None:
+    _, target, _ = memories(any_link, 4096)
+    key = any_link.there.remote_key(target.region)
+    stranger = new_engine()
+
+    def imported(key: bytes, address: int = target.address, size: int = 4096, device: str = "cpu") -> None:
+        any_link.here.import_remote(any_link.peer, key, address, size, device)
+
+    try:
+        memory = new_memory(stranger, 4096)
+        foreign = stranger.remote_key(memory.region)
+        for i in range(len(key)):
+            with pytest.raises(ValueError, match="remote key"):
+                imported(key[:i] + bytes([key[i] ^ 1]) + key[i + 1 :])
+        for wrong in (b"", key[:-1], key + b"x", os.urandom(len(key)), any_link.there.worker_address()):
+            with pytest.raises(ValueError, match="remote key"):
+                imported(wrong)
+        with pytest.raises(ValueError, match="made by another engine than that of peer 'there'"):
+            imported(foreign, memory.address)
+        for address, size in ((target.address - 1, 2), (target.address, 4097), (target.address + 4096, 1), (0, 1)):
+            with pytest.raises(ValueError, match="not inside the region of the key"):
+                imported(key, address, size)
+        with pytest.raises(ValueError, match="device is cuda, the key is of memory on cpu"):
+            imported(key, device="cuda")
+        imported(key, target.address + 4095, 1)
+        for address in (b"", key, os.urandom(300)):
+            with pytest.raises(ValueError, match="worker address"):
+                any_link.here.add_peer("x", tcp_pair()[0].detach(), address, 1 << 63, 1, 20.0)
+    finally:
+        stranger.close()
+
+
+def test_memory_in_use_cannot_be_released() -> None:
+    with linked("shm", slice_bytes=4096, test_slice_delay_us=20_000) as link:
+        local, _, remote = memories(link, 8 * 4096)
+        request = link.read(local, remote, [(0, 0, 8 * 4096)])
+        with pytest.raises(ValueError, match=f"region {local.region} is used 1 times by requests"):
+            link.here.release(local.region)
+        with pytest.raises(ValueError, match=f"remote {remote} is used 1 times by requests"):
+            link.here.drop_remote(remote)
+        succeeded(request)
+        link.here.drop_remote(remote)
+        link.here.release(local.region)
+        with pytest.raises(ValueError, match="no region"):
+            link.here.release(local.region)
+
+
+def test_thousands_of_regions(any_link: Link) -> None:
+    count, size = 3000, 256
+    target, local = np.zeros(count * size, np.uint8), np.zeros(count * size, np.uint8)
+    target[:] = pattern(target.size, 1)
+    groups = []
+    for i in range(count):
+        there = any_link.there.register_memory(target.ctypes.data + i * size, size)
+        key = any_link.there.remote_key(there)
+        remote = any_link.here.import_remote(any_link.peer, key, target.ctypes.data + i * size, size)
+        groups.append((any_link.here.register_memory(local.ctypes.data + (count - 1 - i) * size, size), remote, 0, 1))
+    zero, length = np.array([0]), np.array([size])
+    succeeded(any_link.here.post(False, any_link.peer, np.array(groups), zero, zero, length))
+    assert np.array_equal(local.reshape(count, size)[::-1], target.reshape(count, size))
+    assert any_link.here.stats()["num_remotes"] == any_link.here.stats()["num_regions"] == count
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
+def test_one_entry_of_more_than_4_gib() -> None:
+    size = (1 << 32) + (1 << 20)
+    needed = size + (2 << 30)
+    if _available_bytes() < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of memory, {_available_bytes() >> 30} are available")
+    # Private and untouched, the source takes no memory: it is one page of zeros many times.
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE) as source, mmap.mmap(-1, size, mmap.MAP_PRIVATE) as sink:
+        there, here = np.frombuffer(source, np.uint8), np.frombuffer(sink, np.uint8)
+        there[:100], there[-100:] = 1, 2
+        with linked("cma") as link:
+            remote_region = link.there.register_memory(there.ctypes.data, size)
+            local = Memory(link.here, link.here.register_memory(here.ctypes.data, size), here)
+            remote = Memory(link.there, remote_region, there).imported_by(link.here, link.peer)
+            request = succeeded(link.read(local, remote, [(0, 0, size)]))
+            assert request.size_bytes == size
+            assert (
+                here[:100].tolist() == [1] * 100 and here[-100:].tolist() == [2] * 100 and not here[100:-100:997].any()
+            )
+        del there, here, local
+
+
+def test_long_batch_does_not_hold_up_another_peer() -> None:
+    with linked("shm", slice_bytes=4096, test_slice_delay_us=2000) as link:
+        other = new_engine("shm")
+        try:
+            peer, _ = connect(link.here, other)
+            local, _, remote = memories(link, 2000 * 4096)
+            target = new_memory(other, 4096)
+            near = new_memory(link.here, 4096)
+            far = target.imported_by(link.here, peer)
+            long = link.read(local, remote, [(0, 0, 2000 * 4096)])
+            short = succeeded(post(link.here, False, peer, near, far, [(0, 0, 4096)]))
+            assert not long.done() and short.finished_ns - short.posted_ns < 2e9
+        finally:
+            other.close()
+
+
+def test_peer_comes_back_after_it_was_removed(any_link: Link) -> None:
+    _, _, remote = memories(any_link, 4096)
+    any_link.here.remove_peer(any_link.peer)
+    assert wait_event(any_link.there, "lost") == ("lost", any_link.back, "it left in good order", True)
+    with pytest.raises(ValueError, match=f"no remote {remote}"):
+        any_link.here.remote_path(remote)
+    with pytest.raises(ValueError, match=f"no peer {any_link.peer}"):
+        any_link.here.notify(any_link.peer, b"")
+    again, back = connect(any_link.here, any_link.there)
+    assert again > any_link.peer and back > any_link.back
+    succeeded(any_link.here.notify(again, b"x"))
+    assert any_link.there.next_event(WAIT_S) == ("notification", back, 1, b"x")
+
+
+def test_watched_requests_give_one_event_each(any_link: Link) -> None:
+    before, after = any_link.here.notify(any_link.peer, b""), any_link.here.notify(any_link.peer, b"")
+    before.watch()
+    succeeded(after)
+    assert any_link.here.next_event(WAIT_S) == ("done", before.id)
+    after.watch()
+    after.watch()
+    assert any_link.here.next_event(WAIT_S) == ("done", after.id) and any_link.here.next_event(0.0) is None
+
+
+def test_wake_ends_a_wait_for_events(any_link: Link) -> None:
+    found: list[_C.Event | None] = []
+    thread = threading.Thread(target=lambda: found.append(any_link.here.next_event(WAIT_S)))
+    thread.start()
+    any_link.here.wake()
+    thread.join(WAIT_S / 2)
+    assert found == [None] and not thread.is_alive()
+
+
+def test_idle_engines_cost_little(any_link: Link) -> None:
+    others = [new_engine() for _ in range(3)]
+    try:
+        for other in others:
+            connect(any_link.here, other)
+        began_s, used_s = time.monotonic(), any_link.here.stats()["progress_cpu_s"]
+        assert any_link.here.next_event(3.0) is None
+        used_s = any_link.here.stats()["progress_cpu_s"] - used_s
+        assert used_s < 0.02 * (time.monotonic() - began_s), any_link.here.stats()
+    finally:
+        for other in others:
+            other.close()
+
+
+def test_close_ends_requests_and_gives_everything_back() -> None:
+    def held() -> tuple[int, list[str], int]:
+        with open("/proc/self/maps") as lines:
+            segments = sum("ucx_shm" in line for line in lines)
+        return len(os.listdir("/proc/self/fd")), sorted(os.listdir("/dev/shm")), segments
+
+    def cycle() -> None:
+        with linked("shm", slice_bytes=4096, test_slice_delay_us=50_000) as link:
+            local, _, remote = memories(link, 1 << 20)
+            assert held()[2] >= 3  # memory here, memory there, and the latter mapped here
+            requests = [link.read(local, remote, [(0, 0, 1 << 20)]), link.here.notify(link.peer, b"")]
+            link.here.close()
+            assert [ended(r).error_kind() for r in requests] == ["closed", "closed"]
+            assert "read of 1 entries" in str(requests[0].error()) and "peer 'there'" in str(requests[0].error())
+            link.here.close()
+            with pytest.raises(RuntimeError, match="the engine is closed"):
+                link.here.notify(link.peer, b"")
+            with pytest.raises(RuntimeError, match="the engine is closed"):
+                link.here.allocate(10)
+            assert link.here.next_event(0.0) is None
+            assert wait_event(link.there, "lost")[3] is True
+
+    cycle()
+    before = held()
+    for _ in range(3):
+        cycle()
+    assert held() == before
+
+
+def test_wrong_options_and_libraries_are_refused(tmp_path: Any) -> None:
+    for options, expected in (
+        ({"ucx_config": {"NO_SUCH": "1"}}, "UCX setting NO_SUCH=1 is refused"),
+        ({"heartbeat_s": 0.0}, "heartbeat_s must be at least"),
+        ({"heartbeat_s": 1.0, "lease_s": 1.5}, "lease_s must be at least twice heartbeat_s, got 1.5 and 1"),
+        ({"slice_bytes": 0}, "slice_bytes must be between"),
+        ({"window": 0}, "window must be positive"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            new_engine(**options)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="cannot load UCX from"):
+        _C.Engine(str(tmp_path / "nothing"))
+    with pytest.raises(RuntimeError, match="not a usable libucp"):
+        _C.Engine("libc.so.6")
+
+
+def test_info_names_library_and_transports(any_link: Link) -> None:
+    info = any_link.here.info()
+    assert info["tls"] == "posix,tcp,self" and info["version"].count(".") == 2
+    assert {name.partition("/")[0] for name in info["transports"]} == {"posix", "tcp", "self"}
+    succeeded(any_link.here.notify(any_link.peer, b""))
+    state = any_link.here.peer_state(any_link.peer)
+    assert (state["name"], state["state"], state["reason"]) == ("there", "established", "")
+    assert state["transports"] and state["transports"][0].startswith("tcp/") and 0 < state["lease_left_s"] <= 20

@@ -33,7 +33,7 @@ class Dialler:
         deadline_s = time.monotonic() + timeout_s
         while True:
             with self._lock:
-                self._check_open()
+                self._check()
                 connection = self._alive.get(address)
                 if connection is not None:
                     return connection
@@ -70,7 +70,12 @@ class Dialler:
                 connection.mark_lost("this endpoint was closed")
             self._alive.clear()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises InputError after `close`."""
+        with self._lock:
+            self._check()
+
+    def _check(self) -> None:
         if self._closed:
             raise InputError(
                 "this endpoint is closed",
@@ -103,7 +108,7 @@ class Dialler:
         tensors = self._exchange.fetch(peer, timeout_s=max(deadline_s - time.monotonic(), 0.001))
         connection = Connection(peer, address, tensors)
         with self._lock:
-            self._check_open()
+            self._check()
             self._alive[address] = connection
         if peer not in self._transport.peers():  # its loss may have been reported before it was in the list
             self.drop(peer, "lost while connecting")

@@ -94,6 +94,7 @@ class KvEndpoint:
             InputError: the id was used before, the blocks are not current or not of these tensors, or a tensor is not
                 registered.
         """
+        self._dialler.check_open()
         names = _names(tensors)
         for name in names:
             self._check_has_blocks(name, block_dim, blocks)
@@ -282,6 +283,7 @@ class KvEndpoint:
         """
         with self._lock:
             first, self._closed = not self._closed, True
+        self._dialler.close()
         if first:
             # Who heard of a completion may close at once, but the peer must hear of it too.
             self._outbox.flush(_GOODBYE_S)
@@ -291,7 +293,6 @@ class KvEndpoint:
             with contextlib.suppress(LlmsysError):  # a transfer that has not ended yet: the transport frees the rest
                 self.tensors.close()
         self.transport.close()
-        self._dialler.close()
         self._exchange.close()
         self._transactions.close()
 

@@ -68,7 +68,8 @@ class BlockPool:
         self._tags = np.zeros(num_blocks, dtype=np.int64)
         self._used = np.zeros(num_blocks, dtype=bool)
         self._num_pins = np.zeros(num_blocks, dtype=np.int64)
-        self._exclusive = np.zeros(num_blocks, dtype=bool)
+        self._written = np.zeros(num_blocks, dtype=bool)
+        self._kept = np.zeros(num_blocks, dtype=bool)
         # The most recently freed block is given out first: its pages are warm, and reuse bugs show early.
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -132,35 +133,35 @@ class BlockPool:
         with self._lock:
             return not self._not_current(blocks).size
 
-    def pin(self, blocks: Blocks, *, exclusive: bool) -> None:
-        """Keeps blocks from being released until `unpin`. Several pins may share blocks, but not with an exclusive one.
+    def pin(self, blocks: Blocks, *, writes: bool) -> None:
+        """Keeps blocks from being released until `unpin`. Several readers may share blocks, or several writers.
 
         Raises:
-            InputError: the blocks are not current, or pinned in a way that excludes this.
+            InputError: the blocks are not current, or some are pinned for writers and this is to read, or vice versa.
         """
         with self._lock:
             self._require_current(blocks)
             ids = blocks.ids
-            taken = ids[self._exclusive[ids] | (exclusive & (self._num_pins[ids] > 0))]
+            taken = ids[(self._num_pins[ids] > 0) & (self._written[ids] != writes)]
             if taken.size:
                 raise InputError(
-                    "blocks that one peer writes cannot be held for another",
-                    expected="blocks that many peers read, or that one writes",
-                    found=f"{taken.size} that are held already, the first is block {taken[0]}",
-                    fix="allocate blocks of its own for every request that is written",
+                    "blocks that one peer writes cannot be held for another that reads them",
+                    expected="blocks that are only read, or only written, at a time",
+                    found=f"{taken.size} that are held for the other, the first is block {taken[0]}",
+                    fix="hold blocks for readers when what they are to read has been written and completed",
                 )
+            self._kept[ids] &= self._num_pins[ids] > 0
             self._num_pins[ids] += 1
-            self._exclusive[ids] |= exclusive
+            self._written[ids] = writes
 
     def unpin(self, blocks: Blocks, *, release: bool) -> None:
-        """Takes one pin off; `release` gives back what has no other."""
+        """Takes one pin off. With the last one blocks are given back, if all of their pins said `release`."""
         with self._lock:
             ids = blocks.ids
             self._num_pins[ids] -= 1
-            last = self._num_pins[ids] == 0
-            self._exclusive[ids[last]] = False
-            if release:
-                self.release(Blocks(ids=ids[last], tags=blocks.tags[last]))
+            self._kept[ids] |= not release
+            free = (self._num_pins[ids] == 0) & ~self._kept[ids]
+            self.release(Blocks(ids=ids[free], tags=blocks.tags[free]))
 
     def _require_current(self, blocks: Blocks) -> None:
         wrong = self._not_current(blocks)

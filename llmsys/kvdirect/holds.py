@@ -9,7 +9,8 @@ during the whole transfer. So a reader that was stopped beyond its lease and wen
 worthless, and a completion that arrives twice does no harm.
 
 A hold is for a name, and bound to a process: the newest of that name when both are there. Blocks may be in several
-holds for readers, say one for each rank of a peer; they are freed with the last one.
+holds for readers, or in several for writers, say one for each rank of a peer. They are freed with the last one, unless
+a writer has completed: then they stay the owner's.
 """
 
 from __future__ import annotations
@@ -129,12 +130,12 @@ class HoldTable:
 
         Raises:
             InputError: the request exists or existed, the blocks are not current, or one peer would write what another
-                reads or writes; or the table is closed.
+                reads; or the table is closed.
         """
         blocks = Blocks(ids=blocks.ids, tags=blocks.tags)  # the caller may change its arrays
         with self._lock:
             self._require_new(request_id)
-            pool.pin(blocks, exclusive=access is Access.WRITE)
+            pool.pin(blocks, writes=access is Access.WRITE)
             # The newest one: an older process of that name has ended, and we were not told so far.
             newest = next((s for s in reversed(self._sessions.values()) if s.name == peer_name), None)
             hold = self._holds[request_id] = Hold(

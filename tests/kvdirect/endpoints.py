@@ -153,6 +153,32 @@ def new_job(transport: str) -> Iterator[Job]:
             worker.endpoint.close()
 
 
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for what nothing tells of, such as the end of a quarantine."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what} has not come"
+        time.sleep(0.01)
+
+
+def transfer(
+    holder: Worker, initiator: Worker, request_id: str, num_blocks: int, access: Access = Access.READ, seed: int = 1
+) -> None:
+    """A whole request, checked at both ends; afterwards all blocks are free."""
+    ticket, theirs, values = holder.hold(request_id, initiator, num_blocks, access=access, seed=seed)
+    mine = initiator.pool.allocate(num_blocks)
+    if access is Access.WRITE:
+        values = initiator.fill(mine, seed + 1)
+    connection = initiator.connect(holder)
+    initiator.endpoint.transfer(connection, ["kv"], ticket, mine)
+    initiator.endpoint.complete(connection, ticket).wait(WAIT_S)
+    assert np.array_equal(holder.read(theirs) if access is Access.WRITE else initiator.read(mine), values)
+    assert holder.endpoint.wait_held(request_id, WAIT_S) is Outcome.COMPLETED
+    initiator.pool.release(mine)
+    if access is Access.WRITE:
+        holder.pool.release(theirs)
+
+
 def run_threads(calls: list[Callable[[], None]]) -> None:
     """Runs all at once; raises what one of them raised."""
     errors: list[BaseException] = []

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from llmsys.comm.transports.base import Peer
 from llmsys.core.errors import (
     DeadlineError,
     DescriptorError,
@@ -20,13 +19,11 @@ from llmsys.core.errors import (
     LeaseExpiredError,
     TransportError,
 )
-from llmsys.kvdirect import messages
 from llmsys.kvdirect.blocks import Blocks
 from llmsys.kvdirect.config import KvConfig
 from llmsys.kvdirect.holds import Access, Outcome
-from llmsys.kvdirect.runtime import Listener
 from llmsys.kvdirect.tickets import Ticket
-from tests.kvdirect.endpoints import WAIT_S, Heard, Job, Worker, run_threads
+from tests.kvdirect.endpoints import WAIT_S, Job, run_threads, transfer
 
 WRITE = Access.WRITE
 
@@ -70,17 +67,17 @@ def test_a_push_in_parts_as_layers_are_computed(job: Job) -> None:
     assert np.array_equal(decode.read(blocks), values)
 
 
-def test_no_blocks(job: Job) -> None:
-    prefill, decode, connection = job.pair()
+def test_no_blocks(loopback: Job) -> None:
+    prefill, decode, connection = loopback.pair()
     ticket, _, _ = prefill.hold("r", decode, 0)
     decode.endpoint.transfer(connection, ["kv"], ticket, []).wait(WAIT_S)
     decode.endpoint.complete(connection, ticket).wait(WAIT_S)
     assert prefill.endpoint.wait_held("r", WAIT_S) is Outcome.COMPLETED
 
 
-def test_a_request_that_reads_nothing_can_be_completed(job: Job) -> None:
+def test_a_request_that_reads_nothing_can_be_completed(loopback: Job) -> None:
     """All of it was found in the prefix cache."""
-    prefill, decode, connection = job.pair()
+    prefill, decode, connection = loopback.pair()
     ticket, _, _ = prefill.hold("r", decode, 3)
     decode.endpoint.complete(connection, ticket).wait(WAIT_S)
     assert prefill.pool.num_free == 32
@@ -99,22 +96,6 @@ def test_the_completion_never_overtakes_the_data(job: Job) -> None:
         completion.wait(WAIT_S)
         assert np.array_equal(decode.read(mine), values)
         decode.pool.release(mine)
-
-
-def transfer(holder: Worker, initiator: Worker, request_id: str, num_blocks: int, access: Access, seed: int) -> None:
-    """A whole request, checked at both ends."""
-    ticket, theirs, values = holder.hold(request_id, initiator, num_blocks, access=access, seed=seed)
-    mine = initiator.pool.allocate(num_blocks)
-    if access is WRITE:
-        values = initiator.fill(mine, seed + 1)
-    connection = initiator.connect(holder)
-    initiator.endpoint.transfer(connection, ["kv"], ticket, mine)
-    initiator.endpoint.complete(connection, ticket).wait(WAIT_S)
-    assert np.array_equal(holder.read(theirs) if access is WRITE else initiator.read(mine), values)
-    assert holder.endpoint.wait_held(request_id, WAIT_S) is Outcome.COMPLETED
-    initiator.pool.release(mine)
-    if access is WRITE:
-        holder.pool.release(theirs)
 
 
 def test_many_requests_at_once_from_threads(job: Job) -> None:
@@ -260,8 +241,8 @@ def test_abort(job: Job, access: Access) -> None:
         decode.endpoint.complete(connection, ticket).wait(WAIT_S)
 
 
-def test_cancel_before_the_peer_is_there(job: Job) -> None:
-    prefill = job.worker("prefill")
+def test_cancel_before_the_peer_is_there(loopback: Job) -> None:
+    prefill = loopback.worker("prefill")
     prefill.hold("r", "decode", 3)
     assert prefill.endpoint.cancel("r") is Outcome.ABORTED
     assert prefill.pool.num_free == 32 and prefill.endpoint.wait_held("r", 0.0) is Outcome.ABORTED
@@ -297,9 +278,9 @@ def test_cancel_waits_for_the_transfers_under_way(loopback: Job) -> None:
     assert prefill.endpoint.wait_held("r", WAIT_S) is Outcome.ABORTED
 
 
-def test_a_ticket_is_for_one_endpoint(job: Job) -> None:
-    prefill, decode, connection = job.pair()
-    other = job.worker("other")
+def test_a_ticket_is_for_one_endpoint(loopback: Job) -> None:
+    prefill, decode, connection = loopback.pair()
+    other = loopback.worker("other")
     ticket, _, _ = prefill.hold("r", decode, 2)
     theirs = other.connect(prefill)
     uses: list[Callable[[Ticket], Any]] = [
@@ -318,8 +299,8 @@ def test_a_ticket_is_for_one_endpoint(job: Job) -> None:
     decode.endpoint.complete(connection, ticket).wait(WAIT_S)
 
 
-def test_tags_of_another_time_are_refused(job: Job) -> None:
-    prefill, decode, connection = job.pair()
+def test_tags_of_another_time_are_refused(loopback: Job) -> None:
+    prefill, decode, connection = loopback.pair()
     ticket, _, _ = prefill.hold("r", decode, 2)
     stale = replace(ticket, blocks=Blocks(ids=ticket.blocks.ids, tags=ticket.blocks.tags - 1))
     with pytest.raises(TransportError, match="stale"):
@@ -378,8 +359,8 @@ def test_closing_while_a_peer_may_write_keeps_the_blocks_back(job: Job) -> None:
     assert decode.pool.num_free == 29
 
 
-def test_what_hold_refuses(job: Job) -> None:
-    prefill = job.worker("prefill")
+def test_what_hold_refuses(loopback: Job) -> None:
+    prefill = loopback.worker("prefill")
     blocks = prefill.pool.allocate(32)
     prefill.endpoint.tensors.register("small", torch.zeros(8, 4))
     for tensors, text in [(["kv", "small"], "small"), (["none"], "none")]:
@@ -392,8 +373,8 @@ def test_what_hold_refuses(job: Job) -> None:
         prefill.endpoint.hold("r", prefill.pool, blocks, peer_name="decode", tensors=["kv"])
 
 
-def test_what_transfer_refuses_moves_nothing(job: Job) -> None:
-    prefill, decode, connection = job.pair()
+def test_what_transfer_refuses_moves_nothing(loopback: Job) -> None:
+    prefill, decode, connection = loopback.pair()
     ticket, _, _ = prefill.hold("r", decode, 2)
     remote = int(ticket.blocks.ids[0])
     wrong: list[tuple[Any, Any]] = [
@@ -412,153 +393,3 @@ def test_what_transfer_refuses_moves_nothing(job: Job) -> None:
         decode.endpoint.transfer(connection, ["kv"], replace(ticket, tensors=("none",)), [(0, remote)])
     assert not decode.cache.any()
     decode.endpoint.complete(connection, ticket).wait(WAIT_S)
-
-
-def test_bytes_of_the_program(job: Job) -> None:
-    prefill, decode, connection = job.pair()
-    prefill.heard.wait("joined", "decode")
-    for index in range(20):
-        decode.endpoint.send(connection.peer, b"%d" % index)
-    decode.endpoint.send(connection.peer, b"").wait(WAIT_S)
-    prefill.heard.wait("received", "decode", b"")
-    assert [payload for _, payload in prefill.heard.of("received")] == [*(b"%d" % i for i in range(20)), b""]
-    (peer,) = prefill.endpoint.members()
-    assert peer.name == "decode"
-    with pytest.raises(InputError):
-        decode.endpoint.send(connection.peer, bytes(decode.transport.max_message_bytes))
-
-
-def test_what_cannot_be_read_is_counted_and_ignored(job: Job) -> None:
-    prefill, decode, connection = job.pair()
-    garbage = [b"", b"\x00", bytes(1000), messages.encode(messages.Abort(request_id="r"))[:-1]] * 50
-    sent = [decode.transport.notify(connection.peer, data) for data in garbage]
-    # Messages of this version that nobody expects do nothing either.
-    unexpected: list[messages.Message] = [
-        messages.TensorsChunk(exchange_id=99, chunk=b"x"),
-        messages.Ended(request_id="r", outcome="completed"),
-        messages.Complete(request_id="r", digest=b"x"),
-        messages.Cancelled(request_id="r"),
-        messages.Application(payload=b"end"),
-    ]
-    sent += [decode.transport.notify(connection.peer, messages.encode(message)) for message in unexpected]
-    for request in sent:
-        request.wait(WAIT_S)
-    prefill.heard.wait("received", "decode", b"end")
-    assert prefill.endpoint.num_bad_messages == len(garbage)
-    transfer(prefill, decode, "fine", 2, Access.READ, 1)
-
-
-def test_questions_do_not_pile_up_answers(loopback: Job) -> None:
-    """A peer that asks for the table again and again, and does not take the answers."""
-    prefill, decode, connection = loopback.pair()
-    chunks: list[int] = []
-    notify = prefill.transport.notify
-
-    def counting(peer: Peer, payload: bytes) -> Any:
-        chunks.append(len(payload))
-        return notify(peer, payload)
-
-    prefill.transport.notify = counting
-    questions = [messages.TensorsAsked(exchange_id=1000 + index) for index in range(300)]
-    sent = [decode.transport.notify(connection.peer, messages.encode(question)) for question in questions]
-    sent.append(decode.endpoint.send(connection.peer, b"end"))
-    sent[-1].wait(WAIT_S)
-    prefill.heard.wait("received", "decode", b"end")
-    decode.endpoint.refresh(connection, timeout_s=WAIT_S)
-    assert len(chunks) <= 301  # each at most once, and never more than one of a peer at a time
-    assert not prefill.endpoint._exchange._answering
-
-
-class Careless(Heard):
-    """Makes every mistake that a listener can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.worker: Worker | None = None
-        self.refused: list[str] = []
-
-    def _add(self, *event: Any) -> None:
-        super()._add(*event)
-        if self.worker is not None:
-            for call in (
-                lambda: self.worker.endpoint.connect("loopback:decode"),  # type: ignore[union-attr]
-                lambda: self.worker.endpoint.wait_held("r", 60.0),  # type: ignore[union-attr]
-            ):
-                try:
-                    call()
-                except InputError as error:
-                    self.refused.append(error.summary)
-        raise RuntimeError("a mistake of the program")
-
-
-def test_mistakes_of_a_listener_hurt_nobody(job: Job) -> None:
-    careless = Careless()
-    prefill = job.worker("prefill", listener=careless, kv=KvConfig(unclaimed_timeout_s=0.1))
-    careless.worker = prefill
-    decode = job.worker("decode")
-    connection = decode.connect(prefill)
-    ticket, _, _ = prefill.hold("r", decode, 2)
-    decode.endpoint.complete(connection, ticket).wait(WAIT_S)
-    assert prefill.endpoint.wait_held("r", WAIT_S) is Outcome.COMPLETED
-    # The thread that frees what is not claimed goes on as well.
-    for name in ("u", "v"):
-        prefill.hold(name, "nobody", 2)
-        assert prefill.endpoint.wait_held(name, WAIT_S) is Outcome.UNCLAIMED
-    decode.endpoint.close()
-    careless.wait("lost", "decode")
-    assert prefill.pool.num_free == 32
-    assert any("connect was called by a listener" in text for text in careless.refused)
-    assert any("wait_held was called by a listener" in text for text in careless.refused)
-
-
-def test_a_listener_defines_what_it_needs(job: Job) -> None:
-    class OnlyEnds(Listener):
-        def __init__(self) -> None:
-            self.ends: list[str] = []
-
-        def ended(self, request_id: str, outcome: Outcome) -> None:
-            self.ends.append(request_id)
-
-    listener = OnlyEnds()
-    prefill, decode = job.worker("prefill", listener=listener), job.worker("decode")
-    transfer(prefill, decode, "r", 1, Access.READ, 1)
-    assert listener.ends == ["r"]
-
-
-def test_threads_that_connect_share_one_connection(job: Job) -> None:
-    decode = job.worker("decode")
-    prefills = [job.worker(f"prefill {i}") for i in range(3)]
-    found: list[tuple[int, Any]] = []
-    start = threading.Barrier(12)
-
-    def connect(index: int) -> None:
-        start.wait(WAIT_S)
-        found.append((index % 3, decode.connect(prefills[index % 3])))
-
-    run_threads([lambda index=index: connect(index) for index in range(12)])  # type: ignore[misc]
-    assert len(found) == 12 and len({connection for _, connection in found}) == 3
-    assert all(connection.peer.name == f"prefill {index}" for index, connection in found)
-    assert all(len(prefill.endpoint.members()) == 1 for prefill in prefills)
-
-
-def test_two_that_connect_to_each_other(job: Job) -> None:
-    workers = [job.worker("a"), job.worker("b")]
-    run_threads([lambda: workers[0].connect(workers[1]), lambda: workers[1].connect(workers[0])] * 3)  # type: ignore[list-item]
-    for holder, initiator in (workers, workers[::-1]):
-        transfer(holder, initiator, "r", 2, Access.READ, 1)
-
-
-def test_connecting_where_nobody_listens_fails_for_all_who_ask(job: Job) -> None:
-    gone = job.worker("gone")
-    address = gone.transport.local.address
-    gone.endpoint.close()
-    decode = job.worker("decode")
-    errors: list[TransportError] = []
-
-    def connect() -> None:
-        with pytest.raises(TransportError) as caught:
-            decode.endpoint.connect(address, timeout_s=WAIT_S)
-        errors.append(caught.value)
-
-    run_threads([connect] * 6)
-    assert len(errors) == 6

@@ -66,6 +66,9 @@ def test_no_round_breaks_a_rule(outcomes: list[Outcome]) -> None:
     played = {(outcome.plan.fault, outcome.plan.moment, outcome.plan.side) for outcome in outcomes}
     assert played == set(CASES)
     assert all(outcome.num_served == 2 for outcome in outcomes)
+    # Those of the others, the one after the fault, and that of the round if it was acknowledged.
+    assert all(outcome.num_checked == 3 + (outcome.acknowledged is True) for outcome in outcomes)
+    assert not any(outcome.num_corrupted or outcome.num_lost for outcome in outcomes)
     # A request that was over before the fault is whole; one whose holder was not there cannot be.
     for outcome in outcomes:
         if outcome.plan.moment == AFTER_COMPLETION:

@@ -81,21 +81,29 @@ class KvEndpoint:
         peer_name: str,
         tensors: Sequence[str],
         access: Access = Access.READ,
-        block_dim: int = 0,
+        block_dim: int | None = None,
         layout: KvLayout | None = None,
     ) -> Ticket:
         """Keeps blocks as they are until `peer_name` has completed the request, is lost, or never came.
 
         Afterwards they are back in the pool; only blocks that were written and completed stay the caller's, who asked
-        for them to use them. `wait_held` tells when and how it ended. For several readers, such as the ranks of a peer
-        of another tensor-parallel size, hold the same blocks once for each; the last one frees them.
+        for them to use them. `wait_held` tells when and how it ended. For several readers or several writers, such as
+        the ranks of a peer of another tensor-parallel size, hold the same blocks once for each, all before the first
+        ends. They are freed with the last one, unless one of the writers completed.
+
+        layout: how each of the tensors lies in memory, for `sequence.transfer_sequence` at the peer.
+        block_dim: the dimension of the tensors whose indices are blocks; as the layout says, or 0 without one.
 
         Raises:
             InputError: the id was used before, the blocks are not current or not of these tensors, or a tensor is not
-                registered.
+                registered or not of that layout.
         """
         self._dialler.check_open()
         names = _names(tensors)
+        if block_dim is None:
+            block_dim = 0 if layout is None else layout.order.index("block")
+        if layout is not None:
+            self._check_layout(names, layout)
         for name in names:
             self._check_has_blocks(name, block_dim, blocks)
         hold = self._keeper.hold(request_id, pool, blocks, peer_name=peer_name, access=access)
@@ -311,6 +319,16 @@ class KvEndpoint:
                 expected="another thread than the one that brings what is waited for",
                 found="the transport's event thread",
                 fix=f"let the listener wake a thread of the program, and call {what} there",
+            )
+
+    def _check_layout(self, names: Sequence[str], layout: KvLayout) -> None:
+        shapes = {self.tensors[name].view().shape for name in names}
+        if len(names) != layout.num_layers or shapes != {layout.shape}:
+            raise InputError(
+                "the tensors are not laid out as said",
+                expected=f"{layout.num_layers} tensors of shape {layout.shape}",
+                found=f"{len(names)} tensors of shapes {', '.join(map(str, sorted(shapes)))}",
+                fix="name one tensor for each layer, in order, or correct the layout",
             )
 
     def _check_has_blocks(self, name: str, dim: int, blocks: Blocks) -> None:

@@ -239,7 +239,7 @@ def _copies(
 
 def _layer(view: AnyView, layout: KvLayout) -> AnyView:
     """The view, if its memory is one layer of that layout: ranges are computed from the layout alone."""
-    strides = tuple(layout.strides_bytes.values())
+    strides = tuple(layout.strides_bytes[dim] for dim in layout.order)
     # The stride of a dimension of size 1 means nothing.
     differ = [size > 1 and a != b for size, a, b in zip(view.shape, view.strides_bytes, strides, strict=False)]
     if view.shape != layout.shape or view.itemsize != layout.itemsize or any(differ):

@@ -121,8 +121,7 @@ def dial(
     deadline = time.monotonic() + timeout_s
     sock = _connect(address, host, port, deadline, timeout_s, wait)
     try:
-        remaining = max(deadline - time.monotonic(), 0.0)
-        channel = Channel(sock, address=address, own_protocol=hello.protocol, timeout_s=remaining)
+        channel = Channel(sock, address=address, own_protocol=hello.protocol, timeout_s=timeout_s, deadline_s=deadline)
         peer, session = dialler_handshake(channel, secret=secret, hello=hello)
         sock.settimeout(None)
         return sock, peer, session
@@ -167,8 +166,8 @@ class Listener:
     """Takes connections of peers that know the secret. Strangers cost a thread for a moment and nothing else.
 
     hello: what to present, asked for each connection.
-    accepted: gets the socket (blocking, no delay, its to close), the peer's hello and the tokens, on a thread of the
-        connection's own; it should hand over and return.
+    accepted: gets the socket (blocking, no delay, its to close unless it raises), the peer's hello and the tokens, on
+        a thread of the connection's own; it should hand over and return.
     admit: called before the peer is answered; raises RefusedError to send it away.
     failed: hears of handshakes that failed, and the hello if it had been admitted. They are logged in any case.
     start_now: False lets connections wait until `start`; for callers whose `hello` needs `address`.
@@ -284,7 +283,14 @@ class Listener:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             hello = self._hello()
-            channel = Channel(sock, address=origin, own_protocol=hello.protocol, timeout_s=self._timeout_s)
+            deadline_s = time.monotonic() + self._timeout_s
+            channel = Channel(
+                sock,
+                address=origin,
+                own_protocol=hello.protocol,
+                timeout_s=self._timeout_s,
+                deadline_s=deadline_s,
+            )
             peer, session = listener_handshake(channel, secret=self._secret, hello=hello, admit=admit)
             sock.settimeout(None)
             self._let_go()
@@ -302,9 +308,10 @@ class Listener:
 
     def _give_up(self, sock: socket.socket, error: LlmsysError, admitted: list[Hello]) -> None:
         self._let_go()
-        sock.close()
+        # Before the peer sees it: it may connect again at once.
         if self._failed is not None:
             self._failed(error, admitted[0] if admitted else None)
+        sock.close()
 
     def _let_go(self) -> None:
         """From here on `close` leaves this thread's socket alone: it is another's, or closed and its number reused."""

@@ -151,15 +151,18 @@ class _OtherTransportError(TransportError):
 class Channel:
     """Frames on a connected socket until a deadline. It neither owns the socket nor reads beyond a frame.
 
-    address: whom messages name. own_protocol: the transport's name here.
+    address: whom messages name. own_protocol: the transport's name here. timeout_s: what messages say about the
+    deadline, which is on the monotonic clock.
     """
 
-    def __init__(self, sock: socket.socket, *, address: str, own_protocol: str, timeout_s: float) -> None:
+    def __init__(
+        self, sock: socket.socket, *, address: str, own_protocol: str, timeout_s: float, deadline_s: float
+    ) -> None:
         self.address = address
         self._sock = sock
         self._own_protocol = own_protocol
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._deadline_s = deadline_s
 
     def send(self, message: dict[str, object]) -> None:
         payload: bytes = msgpack.packb(message)
@@ -229,7 +232,7 @@ class Channel:
         return data
 
     def _remaining(self, what: str) -> float:
-        remaining = self._deadline - time.monotonic()
+        remaining = self._deadline_s - time.monotonic()
         if remaining <= 0:
             raise self._too_late(what)
         return remaining

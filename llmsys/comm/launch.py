@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import pickle
 import secrets
@@ -117,10 +118,10 @@ def launch(
     (the exception is its ``__cause__``), DeadlineError with the ranks that were not done (their stacks are on standard
     error), InputError for what cannot be pickled.
     """
-    if num_ranks < 1 or not timeout_s > 0:
+    if num_ranks < 1 or not 0 < timeout_s < math.inf:
         raise InputError(
             "launch needs ranks and time",
-            expected="num_ranks of at least 1, timeout_s above 0",
+            expected="num_ranks of at least 1, a finite timeout_s above 0",
             found=f"num_ranks={num_ranks}, timeout_s={timeout_s}",
             fix="set num_ranks and timeout_s",
         )

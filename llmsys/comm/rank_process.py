@@ -146,7 +146,6 @@ def _failure(error: BaseException) -> Report:
     packed: bytes | None
     try:
         packed = pickle.dumps(error)
-        pickle.loads(packed)
     except Exception:
         packed = None
     first = str(error).partition("\n")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -179,13 +179,7 @@ class RowExchange:
         call, device = self._call, self._rows.device
         handle: Handle[Received] = Handle(call.operation)
         meetings = call.parties(device, within), call.parties(device, across)
-        terms = Terms(
-            kind=f"{call.kind} with {len(within)} ranks a node",
-            name=call.name,
-            dtype=self._rows.dtype,
-            row_shape=tuple(self._rows.shape[1:]),
-            num_buckets=self.sizes.shape[1],
-        )
+        terms = replace(self.terms, kind=f"{call.kind} with {len(within)} ranks a node")
 
         def run() -> None:
             by_node = self.sizes.reshape(len(across), len(within), -1)

@@ -50,20 +50,35 @@ class AskingTransport(PythonTransport):
         self._targets[remote.remote_id] = int.from_bytes(inner, "little")
 
     def _execute(self, peer: Peer, batch: Batch, check: Callable[[], None]) -> None:
+        for part in self._parts(batch):
+            check()
+            ranges = [(target, remote, size) for target, _, remote, size in part]
+            if batch.write:
+                data = b"".join(ctypes.string_at(local, size) for _, local, _, size in part)
+                self._control.ask(peer, _WRITE, msgpack.packb([ranges, data]), timeout_s=60)
+                continue
+            data = self._control.ask(peer, _READ, msgpack.packb([ranges, b""]), timeout_s=60)
+            begin = 0
+            for _, local, _, size in part:
+                ctypes.memmove(local, data[begin : begin + size], size)
+                begin += size
+
+    def _parts(self, batch: Batch) -> Iterator[list[tuple[int, int, int, int]]]:
+        """Entries as (target region, local address, remote offset, bytes), cut so that a part has few bytes."""
+        part: list[tuple[int, int, int, int]] = []
+        num_bytes = 0
         for group in batch.groups:
             target = self._targets[group.remote.remote_id]
-            for part in _parts(group):
-                check()
-                ranges = [(target, remote, size) for _, remote, size in part]
-                if batch.write:
-                    data = b"".join(ctypes.string_at(local, size) for local, _, size in part)
-                    self._control.ask(peer, _WRITE, msgpack.packb([ranges, data]), timeout_s=60)
-                    continue
-                data = self._control.ask(peer, _READ, msgpack.packb([ranges, b""]), timeout_s=60)
-                begin = 0
-                for local, _, size in part:
-                    ctypes.memmove(local, data[begin : begin + size], size)
-                    begin += size
+            for local, remote, length in _entries(group):
+                for begin in range(0, length, _MAX_BYTES):
+                    size = min(_MAX_BYTES, length - begin)
+                    part.append((target, local + begin, remote + begin, size))
+                    num_bytes += size
+                    if len(part) == _MAX_ENTRIES or num_bytes >= _MAX_BYTES:
+                        yield part
+                        part, num_bytes = [], 0
+        if part:
+            yield part
 
     def _answer(self, peer: Peer, topic: int, body: bytes) -> bytes:
         ranges, data = msgpack.unpackb(body)
@@ -80,18 +95,7 @@ class AskingTransport(PythonTransport):
         return b"".join(parts)
 
 
-def _parts(group: Copies) -> Iterator[list[tuple[int, int, int]]]:
-    """Entries as (local address, remote offset, bytes), cut so that a part has few bytes."""
-    part: list[tuple[int, int, int]] = []
-    num_bytes = 0
-    columns = (group.local_offsets.tolist(), group.remote_offsets.tolist(), group.lengths.tolist())
-    for local, remote, length in zip(*columns, strict=True):
-        for begin in range(0, length, _MAX_BYTES):
-            size = min(_MAX_BYTES, length - begin)
-            part.append((group.local.address + local + begin, remote + begin, size))
-            num_bytes += size
-            if len(part) == _MAX_ENTRIES or num_bytes >= _MAX_BYTES:
-                yield part
-                part, num_bytes = [], 0
-    if part:
-        yield part
+def _entries(group: Copies) -> Iterator[tuple[int, int, int]]:
+    """(local address, remote offset, bytes)."""
+    addresses = group.local_offsets + group.local.address
+    return zip(addresses.tolist(), group.remote_offsets.tolist(), group.lengths.tolist(), strict=True)

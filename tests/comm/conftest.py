@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmsys.comm.transports import available_transports
+from llmsys.comm.transports import TRANSPORTS, transport_class
 from llmsys.comm.transports.base import Copies, Peer, Region, RemoteRegion, Transport
+from llmsys.core.errors import ConfigError
 from tests.comm.endpoint import (
     CLASSES,
     WAIT_S,
@@ -28,10 +28,11 @@ from tests.comm.endpoint import (
 @pytest.fixture(scope="module", params=list(CLASSES))
 def transport_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    problem = available_transports().get(name)
-    if problem is not None:
-        pytest.skip(f"{name}: {problem}")
-    importlib.import_module(CLASSES[name].partition(":")[0])
+    if name in TRANSPORTS:
+        try:
+            transport_class(name)
+        except ConfigError as error:
+            pytest.skip(f"{name}: {error.found}")
     return name
 
 
@@ -52,15 +53,15 @@ class Pair:
     def events(self) -> Recorder:
         return self.endpoint.events
 
-    def remote(self, size_bytes: int, seed: int | None = None, *, allocate: bool = False) -> RemoteRegion:
+    def remote(self, size_bytes: int, seed: int | None = None, **options: Any) -> RemoteRegion:
         """Memory at the target, with `pattern(size_bytes, seed)` or zeros in it, imported here."""
-        exported = self.target.call("new_region", size_bytes=size_bytes, seed=seed, allocate=allocate)
+        exported = self.target.call("new_region", size_bytes=size_bytes, seed=seed, **options)
         remote = import_exported(self.transport, self.peer, exported)
         self.exported[remote.remote_id] = exported
         return remote
 
-    def local(self, size_bytes: int, seed: int | None = None, *, allocate: bool = False) -> tuple[Region, Bytes]:
-        region_id = self.endpoint.new_region(size_bytes=size_bytes, seed=seed, allocate=allocate)["region_id"]
+    def local(self, size_bytes: int, seed: int | None = None, **options: Any) -> tuple[Region, Bytes]:
+        region_id = self.endpoint.new_region(size_bytes=size_bytes, seed=seed, **options)["region_id"]
         return self.endpoint.regions[region_id]
 
     def content(self, remote: RemoteRegion) -> Bytes:

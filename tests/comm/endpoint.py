@@ -16,7 +16,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,32 @@ def pattern(size_bytes: int, seed: int) -> Bytes:
     return np.random.default_rng(seed).integers(0, 256, size_bytes, dtype=np.uint8)
 
 
-def fresh_memory(size_bytes: int) -> Bytes:
-    """Zeros that take no memory before they are written; those only read share one page of the kernel's."""
-    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype=np.uint8)
+def vast_memory(size_bytes: int, marks: Sequence[int]) -> Bytes:
+    """Address space without as much memory: pieces with one of `marks` in them have their own, all others share one."""
+    piece_bytes = 16 << 20
+    own = sorted({mark // piece_bytes for mark in marks})
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    file, map_fixed, populate = os.memfd_create("vast"), 0x10, 0x8000
+    try:
+        os.ftruncate(file, (len(own) + 1) * piece_bytes)
+        read_write = mmap.PROT_READ | mmap.PROT_WRITE
+        address = libc.mmap(None, size_bytes, read_write, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        for number in range(-(-size_bytes // piece_bytes)):
+            begin = number * piece_bytes
+            length = min(piece_bytes, size_bytes - begin)
+            offset = (own.index(number) + 1) * piece_bytes if number in own else 0
+            placed = libc.mmap(
+                address + begin, length, read_write, mmap.MAP_SHARED | map_fixed | populate, file, offset
+            )
+            assert placed == address + begin, os.strerror(ctypes.get_errno())
+    finally:
+        os.close(file)
+    memory = array_at(address, size_bytes)
+    weakref.finalize(memory, libc.munmap, address, size_bytes)
+    return memory
 
 
 def array_at(address: int, size_bytes: int) -> Bytes:
@@ -113,13 +136,15 @@ class Endpoint:
     def address(self) -> str:
         return self.transport.local.address
 
-    def new_region(self, *, size_bytes: int, seed: int | None = None, allocate: bool = False) -> dict[str, Any]:
-        """Memory with a pattern, or zeros; too large to be touched whole if there is no seed and no `allocate`."""
+    def new_region(
+        self, *, size_bytes: int, seed: int | None = None, allocate: bool = False, marks: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """Memory with a pattern, or zeros. marks: makes it `vast_memory`."""
         if allocate:
             region = self.transport.allocate(size_bytes)
             memory = array_at(region.address, size_bytes)
         else:
-            memory = fresh_memory(size_bytes)
+            memory = vast_memory(size_bytes, marks) if marks else np.zeros(size_bytes, dtype=np.uint8)
             region = self.transport.register(memory.ctypes.data, size_bytes, owner=memory)
         if seed is not None:
             memory[:] = pattern(size_bytes, seed)

@@ -73,20 +73,14 @@ def die_at_exit() -> int:
     return 0
 
 
-def hang(directory: str, *, stubborn: bool = False) -> None:
-    """Rank 1 never ends, with a child of its own; both leave their process ids."""
-    rank = current_rank().rank
-    if rank != 1:
+def hang_stubbornly(directory: str) -> None:
+    """Rank 1 never ends, ignores SIGTERM, and has a child of its own; both leave their process ids."""
+    if current_rank().rank != 1:
         return
-    if stubborn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({FOREVER_S})"])
     write_pids(directory, os.getpid(), child.pid)
     time.sleep(FOREVER_S)
-
-
-def hang_stubbornly(directory: str) -> None:
-    hang(directory, stubborn=True)
 
 
 def write_pids(directory: str, *pids: int) -> None:

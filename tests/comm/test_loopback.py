@@ -13,7 +13,7 @@ from llmsys.comm.transports.loopback import LoopbackTransport
 from llmsys.comm.transports.loopback_faults import Faults, LossPoint
 from llmsys.core.errors import InputError, LeaseExpiredError, PeerLostError, TransportError
 from tests.comm.conftest import copies, pattern
-from tests.comm.endpoint import SECRET, WAIT_S, Bytes, Recorder, fresh_memory, outcome
+from tests.comm.endpoint import SECRET, WAIT_S, Bytes, Recorder, outcome
 
 
 def make(name: str, lease_s: float = 30.0, **faults: object) -> LoopbackTransport:
@@ -30,7 +30,7 @@ class Side:
         transport.set_events(self.events)
 
     def memory(self, size_bytes: int, seed: int | None = None) -> tuple[object, Bytes]:
-        memory = fresh_memory(size_bytes) if seed is None else pattern(size_bytes, seed)
+        memory = np.zeros(size_bytes, dtype=np.uint8) if seed is None else pattern(size_bytes, seed)
         return self.transport.register(memory.ctypes.data, size_bytes, owner=memory), memory
 
     def imported(self, other: Side, peer: Peer, size_bytes: int, seed: int) -> RemoteRegion:

@@ -23,7 +23,7 @@ def test_every_transport_is_usable_or_says_why_not() -> None:
         else:
             with pytest.raises(ConfigError, match=name) as caught:
                 transport_class(name)
-            assert caught.value.found == problem and "loopback" in caught.value.fix
+            assert caught.value.found == problem and "available_transports" in caught.value.fix
 
 
 def test_a_wrong_name_gets_the_nearest() -> None:

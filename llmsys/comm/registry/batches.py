@@ -60,13 +60,7 @@ def block_copies(
     Raises:
         InputError: as `copies`; not as many local as remote tensors or ids; an id out of bounds.
     """
-    if len(local) != len(remote):
-        raise InputError(
-            "blocks are copied between tensors in pairs",
-            expected=f"a remote tensor for each of the {len(local)} local ones",
-            found=f"{len(remote)} remote tensors",
-            fix="give the same layers on both sides, in the same order",
-        )
+    _check_counts(local, remote)
     done: dict[object, _Entries] = {}
     parts = []
     for one, other in zip(local, remote, strict=True):
@@ -108,6 +102,16 @@ def _choose(
             fix="give one remote block for each local block",
         )
     return local.blocks(dim, local_ids), remote.blocks(dim, remote_ids)
+
+
+def _check_counts(local: Sequence[object], remote: Sequence[object]) -> None:
+    if len(local) != len(remote):
+        raise InputError(
+            "blocks are copied between tensors in pairs",
+            expected=f"a remote tensor for each of the {len(local)} local ones",
+            found=f"{len(remote)} remote tensors",
+            fix="give the same layers on both sides, in the same order",
+        )
 
 
 def _check_pair(local: LocalView, remote: RemoteView, into: Side) -> None:

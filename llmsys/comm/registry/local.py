@@ -149,13 +149,7 @@ class TensorRegistry:
         """
         from llmsys.comm.registry import tensors
 
-        if not self._transport.capabilities.allocates:
-            raise InputError(
-                f"transport {self._transport.name!r} cannot allocate tensor {name!r}",
-                expected="a transport whose capabilities say allocates",
-                found=f"{self._transport.capabilities}",
-                fix="choose another transport, or make the tensor with torch and register it",
-            )
+        self._check_allocates(name)
         dtype_name = tensors.dtype_name(dtype)
         itemsize = itemsize_of(dtype_name)
         sizes = tuple(operator.index(size) for size in shape)
@@ -297,6 +291,15 @@ class TensorRegistry:
             if shared is None:
                 shared = _Shared(region=self._register(draft.name, memory), key=key)
             return self._enter(_placed(draft, draft.address, shared.region), shared, memory.owner)
+
+    def _check_allocates(self, name: str) -> None:
+        if not self._transport.capabilities.allocates:
+            raise InputError(
+                f"transport {self._transport.name!r} cannot allocate tensor {name!r}",
+                expected="a transport whose capabilities say allocates",
+                found=f"{self._transport.capabilities}",
+                fix="choose another transport, or make the tensor with torch and register it",
+            )
 
     def _register(self, name: str, memory: _Memory) -> Region:
         kind = memory.device.partition(":")[0]

@@ -34,12 +34,11 @@ def transport_class(name: str) -> type[Transport]:
         )
     found, problem = _load(name)
     if found is None:
-        usable = ", ".join(other for other, why in available_transports().items() if why is None)
         raise ConfigError(
             f"transport {name} cannot be used here",
             expected="its library",
             found=problem,
-            fix=f"do what the line above says, or choose another that can be used: {usable}",
+            fix="do what the line above says, or choose one that available_transports() says can be used",
         )
     return found
 

@@ -244,21 +244,22 @@ class ControlPlane:
 
     def _dial(self, address: str, timeout_s: float) -> Peer:
         sock, hello, _ = dial(address, secret=self._secret, hello=self._hello(), timeout_s=timeout_s)
-        return self._add(sock, hello)
+        try:
+            return self._add(sock, hello)
+        except BaseException:
+            sock.close()
+            raise
 
     def _accepted(self, sock: socket.socket, hello: Hello, session: Session) -> None:
         self._add(sock, hello)
 
     def _add(self, sock: socket.socket, hello: Hello) -> Peer:
+        """Takes the socket over, unless it raises."""
         peer = self._table.new_peer(hello)
         sock.setblocking(False)
         reader = FrameReader(max(_MAX_BODY_BYTES, self.max_message_bytes))
         connection = Connection(peer, sock, hello.lease_s, reader, time.monotonic())
-        try:
-            self._adapter.peer_added(peer, hello)
-        except BaseException:
-            sock.close()
-            raise
+        self._adapter.peer_added(peer, hello)
         with self._changed:
             is_open = not self._closing
             if is_open:
@@ -267,7 +268,6 @@ class ControlPlane:
                 self._events.post(lambda: self._queue.put(lambda events: events.peer_joined(peer)))
                 stale = [self._connections.get(other.peer_id) for other in self._table.add(peer)]
         if not is_open:
-            sock.close()
             self._adapter.peer_lost(peer, closed_error())
             raise closed_error()
         self._wake()

@@ -5,7 +5,8 @@ the peer for a part by the control plane, with a list of its blocks; both sides 
 whether the peer has done the part. Two parts are under way at a time. A block is a message; with `pack` the blocks of
 a part are gathered into one message, and scattered at the other end.
 
-Gloo itself has no authentication: whoever reaches its sockets while two endpoints join can take part.
+Gloo's addresses go through the control plane, but gloo has no authentication of its own: somebody who connects to its
+socket in the moment in which two endpoints join could take one's part.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import TCPStore, Work
+from torch._C._distributed_c10d import Work
 
 from llmsys.comm.bootstrap import Hello, parse_address
 from llmsys.comm.transports.base import Capabilities, Peer, Region, RemoteRegion, TransportConfig
@@ -138,25 +138,22 @@ class GlooTransport(PythonTransport):
     def _lose_peer(self, peer: Peer, error: TransportError) -> None:
         # Here and not later: once the loss is announced, what the peer was writing to must not change any more.
         with self._peers_lock:
-            serving = self._serving.pop(peer.peer_id, None)
+            serving = self._serving.get(peer.peer_id)
         if serving is not None:
             serving.close()
         super()._lose_peer(peer, error)
 
     def _remove_peer(self, peer: Peer) -> None:
         with self._peers_lock:
-            requester = self._requesters.pop(peer.peer_id)
+            requester, serving = self._requesters.pop(peer.peer_id), self._serving.pop(peer.peer_id)
         requester.close()
+        serving.close()
+        serving.join()
 
-    def _join(self, store: TCPStore, rank: int) -> GlooPair:
+    def _join(self, rank: int, offer: Callable[[bytes], bytes]) -> GlooPair:
         # A silence as long as a lease would have ended the connection too.
-        config = self._config
         host = parse_address(self.local.address)[0]
-        return GlooPair(store, rank, host, join_s=config.connect_timeout_s, stall_s=config.lease_s)
-
-    def _store(self, host: str, port: int, *, is_master: bool) -> TCPStore:
-        timeout = timedelta(seconds=self._config.connect_timeout_s)
-        return TCPStore(host, port, 2, is_master, timeout, wait_for_workers=False)
+        return GlooPair(rank, offer, host=host, stall_s=self._config.lease_s)
 
     def _answer(self, peer: Peer, topic: int, body: bytes) -> bytes:
         with self._peers_lock:
@@ -164,16 +161,15 @@ class GlooTransport(PythonTransport):
         if serving is None:
             raise lost_error(peer, "it is not connected any more")
         if topic == _OPEN:
-            host, port = parse_address(body.decode())
-            serving.open(lambda: self._join(self._store(host, port, is_master=False), rank=1))
-        elif topic == _START:
+            return serving.open(body, lambda offer: self._join(1, offer))
+        if topic == _START:
             serving.start(PartRequest.unpack(body), self._config.connect_timeout_s)
         else:
             serving.finish(*_NUMBER.unpack(body))
         return b""
 
-    def _ask(self, peer: Peer, topic: int, body: bytes) -> None:
-        self._control.ask(peer, topic, body, timeout_s=_ANSWER_S)
+    def _ask(self, peer: Peer, topic: int, body: bytes) -> bytes:
+        return self._control.ask(peer, topic, body, timeout_s=_ANSWER_S)
 
     # -- transfers -----------------------------------------------------------------------------------------------------
 
@@ -263,11 +259,7 @@ class _Requester:
 
     def _open(self) -> GlooPair:
         if self._pair is None:
-            host = parse_address(self._transport.local.address)[0]
-            store = self._transport._store(host, 0, is_master=True)
-            shown = f"[{host}]" if ":" in host else host
-            self._transport._ask(self._peer, _OPEN, f"{shown}:{store.port}".encode())
-            self._pair = self._transport._join(store, rank=0)
+            self._pair = self._transport._join(0, lambda ours: self._transport._ask(self._peer, _OPEN, ours))
         return self._pair
 
     def close(self) -> None:

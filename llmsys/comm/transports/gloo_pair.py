@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed.distributed_c10d as c10d
 from numpy.typing import NDArray
-from torch._C._distributed_c10d import TCPStore, Work
+from torch._C._distributed_c10d import Store, Work
 
 from llmsys.comm.transports.base import Offsets
 from llmsys.core.errors import TransportError
@@ -23,6 +23,8 @@ from llmsys.core.errors import TransportError
 Bytes = NDArray[np.uint8]
 _TAG, _CLOSING_TAG = 1, 2
 _WORLD_SIZE = 2
+# Addresses are known by then, so this is for slow machines.
+_JOIN_S = 10.0
 # torch's stubs leave out most of what a process group of one's own needs.
 _GROUP_CLASS: Any = c10d.ProcessGroupGloo
 
@@ -43,24 +45,44 @@ class Blocks:
     lengths: Offsets
 
 
-class GlooPair:
-    """A process group of two, apart from torch's default one. Thread safe; ranks are 0 for who has the store, and 1.
+class _Meeting(Store):
+    """Gives gloo the other side's address. It asks for it under "epoch/rank", after it has set its own.
 
-    Messages of each direction arrive in the order they were posted. host: which address to use here. join_s: how long
-    to wait for the other side here. stall_s: a message that has been waited for so long ends the pair.
+    offer: gets what the other side needs, and returns what it offers.
     """
 
-    def __init__(self, store: TCPStore, rank: int, host: str, *, join_s: float, stall_s: float) -> None:
+    def __init__(self, rank: int, offer: Callable[[bytes], bytes]) -> None:
+        super().__init__()
+        self._rank, self._offer = rank, offer
+        self._own = self._others = b""
+
+    def set(self, key: str, value: bytes) -> None:
+        self._own, self._others = value, self._offer(value)
+
+    def get(self, key: str) -> bytes:
+        return self._own if key.endswith(f"/{self._rank}") else self._others
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        pass
+
+
+class GlooPair:
+    """A process group of two, apart from torch's default one. Thread safe.
+
+    Messages of each direction arrive in the order they were posted. rank: 0 or 1, another on each side. offer: see
+    `_Meeting`. host: which address to use here. stall_s: a message that has been waited for so long ends the pair.
+    """
+
+    def __init__(self, rank: int, offer: Callable[[bytes], bytes], *, host: str, stall_s: float) -> None:
         options = _GROUP_CLASS._Options()
         options._devices, options._threads = [_GROUP_CLASS.create_device(hostname=host)], 1
-        options._timeout = timedelta(seconds=join_s)
+        options._timeout = timedelta(seconds=_JOIN_S)
         self._stall = timedelta(seconds=stall_s)
         self._peer = 1 - rank
         # Held while this side's memory is touched or handed to gloo, so that `close` comes before or after that.
         self._lock = threading.Lock()
-        self._store: TCPStore | None = store
         self._posted: dict[int, list[Work]] = {}
-        self._group: Any = _GROUP_CLASS(store, rank, _WORLD_SIZE, options)
+        self._group: Any = _GROUP_CLASS(_Meeting(rank, offer), rank, _WORLD_SIZE, options)
 
     def post(self, blocks: Blocks, *, sends: bool, packed: Bytes | None = None) -> list[Work]:
         """Posts a message for each block; or a single one if there is a buffer `packed` as long as all blocks."""
@@ -102,7 +124,7 @@ class GlooPair:
     def close(self) -> None:
         """When this returns, gloo touches no memory for this pair any more. Can be called again."""
         with self._lock:
-            group, self._group, self._store = self._group, None, None
+            group, self._group = self._group, None
             # A work keeps the sockets, and an error's traceback the list of works.
             for works in self._posted.values():
                 works.clear()

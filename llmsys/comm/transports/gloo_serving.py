@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import struct
 import threading
 from collections import Counter
@@ -109,11 +110,14 @@ class _Running:
 
 
 class Serving:
-    """What is done for one peer. `start` and `finish` are called by one thread, `open` and `close` by any."""
+    """What is done for one peer. `open`, `start` and `finish` are called by one thread, `close` and `join` by any."""
 
     def __init__(self, used: UsedRegions) -> None:
         self._used = used
         self._lock = threading.Lock()
+        # Held by calls, so that `join` can wait for the one that runs.
+        self._calls = threading.Lock()
+        self._joiner: threading.Thread | None = None
         self._joined = threading.Event()
         self._pair: GlooPair | None = None
         self._problem = "it has not asked to join"
@@ -121,14 +125,20 @@ class Serving:
         self._staging = Staging()
         self._closed = False
 
-    def open(self, join: Callable[[], GlooPair]) -> None:
-        """Joins on a thread of its own, since the peer joins only when it has been answered."""
+    def open(self, theirs: bytes, join: Callable[[Callable[[bytes], bytes]], GlooPair]) -> bytes:
+        """Joins, with what the peer offers. Returns what it needs of us, and goes on on a thread of its own."""
+        self.join()
         self._drop()
         self._joined.clear()
+        offered: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+        def offer(ours: bytes) -> bytes:
+            offered.put(ours)
+            return theirs
 
         def run() -> None:
             try:
-                pair = join()
+                pair = join(offer)
                 with self._lock:
                     if not self._closed:
                         self._pair = pair
@@ -138,19 +148,25 @@ class Serving:
                 self._problem = f"{type(error).__name__}: {error}"
             finally:
                 self._joined.set()
+                offered.put(b"")
 
-        threading.Thread(target=run, name="llmsys-gloo-join", daemon=True).start()
+        joiner = threading.Thread(target=run, name="llmsys-gloo-join", daemon=True)
+        joiner.start()
+        self._joiner = joiner
+        ours = offered.get()
+        if not ours:
+            raise _not_joined(self._problem)
+        return ours
 
     def start(self, request: PartRequest, timeout_s: float) -> None:
         """Checks a part and posts its messages."""
+        with self._calls:
+            self._start(request, timeout_s)
+
+    def _start(self, request: PartRequest, timeout_s: float) -> None:
         pair = self._pair if self._joined.wait(timeout_s) else None
         if pair is None:
-            raise TransportError(
-                "the peer could not be joined by gloo",
-                expected="a process group of two",
-                found=self._problem,
-                fix="let gloo reach the address that the endpoints listen at (TransportConfig.host)",
-            )
+            raise _not_joined(self._problem)
         unique, which = np.unique(request.region_ids, return_inverse=True)
         region_ids = unique.tolist()
         regions = self._used.begin(region_ids)
@@ -163,6 +179,8 @@ class Serving:
             works = pair.post(blocks, sends=not request.write, packed=buffer)
             running = _Running(request=request, region_ids=region_ids, blocks=blocks, works=works, buffer=buffer)
             with self._lock:
+                if self._pair is not pair:
+                    raise _not_under_way(request.number)
                 self._running[request.number] = running
         except BaseException:
             self._used.end(region_ids)
@@ -170,15 +188,14 @@ class Serving:
 
     def finish(self, number: int) -> None:
         """Waits for a part's messages. RuntimeError or TransportError if they did not all come or go."""
+        with self._calls:
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
         with self._lock:
             running, pair = self._running.get(number), self._pair
         if running is None or pair is None:
-            raise TransportError(
-                f"part {number} of a peer is not under way",
-                expected="one that has been started, on a connection that stands",
-                found="none",
-                fix="post the batch again if the peer is still connected",
-            )
+            raise _not_under_way(number)
         pair.wait(running.works)
         if running.request.write and running.buffer is not None:
             pair.unpack(running.blocks, running.buffer)
@@ -203,6 +220,31 @@ class Serving:
         with self._lock:
             self._closed = True
         self._drop()
+
+    def join(self) -> None:
+        """After `close`: waits until no thread is in gloo's code for the peer, so that the process may end."""
+        with self._calls:
+            joiner = self._joiner
+        if joiner is not None:
+            joiner.join()
+
+
+def _not_joined(problem: str) -> TransportError:
+    return TransportError(
+        "the peer could not be joined by gloo",
+        expected="a process group of two",
+        found=problem,
+        fix="let gloo reach the address that the endpoints listen at (TransportConfig.host)",
+    )
+
+
+def _not_under_way(number: int) -> TransportError:
+    return TransportError(
+        f"part {number} of a peer is not under way",
+        expected="one that has been started, on a connection that stands",
+        found="none",
+        fix="post the batch again if the peer is still connected",
+    )
 
 
 def _check_inside(request: PartRequest, regions: list[Region], which: Offsets) -> None:

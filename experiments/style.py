@@ -79,6 +79,15 @@ _METHOD_COLORS = {
     "t511b": ORANGE,
     "t522b": PURPLE,
     "t545b": VERMILLION,
+    "memcpyinoneprocess": "#111827",
+    "ourssharedmemory": BLUE,
+    "oursprocessvmreadv": SKY,
+    "oursucxovertcp": PURPLE,
+    "nixlreadprogressthreadsleeps": VERMILLION,
+    "nixlreadnoprogressthread": ORANGE,
+    "nixlreadprogressthreadpolls": OLIVE,
+    "glootwosidedperblock": GREY,
+    "glootwosidedpacked": GREEN,
 }
 
 _KIND_COLORS = {"forward": SKY, "backward": ORANGE, "send": GREY}

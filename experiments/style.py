@@ -85,6 +85,7 @@ _METHOD_COLORS = {
     "oursucxovertcp": PURPLE,
     "nixlreadprogressthreadsleeps": VERMILLION,
     "nixlreadnoprogressthread": ORANGE,
+    "nixlread2transferthreads": "#7F1D1D",
     "nixlreadprogressthreadpolls": OLIVE,
     "glootwosidedperblock": GREY,
     "glootwosidedpacked": GREEN,

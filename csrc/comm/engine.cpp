@@ -142,7 +142,9 @@ std::pair<std::int64_t, std::uint64_t> Engine::allocate(std::uint64_t size_bytes
     params.length = size_bytes;
     const std::int64_t id = map_memory(params, false);
     const std::uint64_t address = registry_.region(id)->address;
-    // Not all of UCX's allocators give zeros.
+    // Not all of UCX's allocators give zeros. The lock keeps `close` from taking the memory away meanwhile.
+    const std::lock_guard lock(memory_mutex_);
+    check_open();
     std::memset(reinterpret_cast<void*>(address), 0, size_bytes);
     return {id, address};
 }

@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <sys/statvfs.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <sstream>
@@ -81,8 +83,9 @@ UcxContext::UcxContext(std::shared_ptr<const UcxLibrary> library, const std::map
     params.mt_workers_shared = 1;
     ucx.check(ucx.ucp_init_version(kApiMajor, kApiMinor, &params, config, &context_), "starting UCX");
     try {
-        create_worker();
         read_transports();
+        check_shared_memory(options);
+        create_worker();
     } catch (...) {
         shut_down();
         throw;
@@ -125,6 +128,25 @@ void UcxContext::read_transports() {
         const std::string token = line.substr(last + 1);
         if (token.find('/') != std::string::npos) transports_.push_back(token);
     }
+}
+
+// UCX does without shared memory where less than 16 MiB of it are free, but asks again and again while it makes a
+// worker, which takes 4 MiB, and crashes where the answer changes meanwhile.
+void UcxContext::check_shared_memory(const std::map<std::string, std::string>& options) const {
+    constexpr std::uint64_t kNeeded = 24 << 20;
+    const bool uses_it = std::any_of(transports_.begin(), transports_.end(),
+                                     [](const std::string& name) { return name.starts_with("posix/"); });
+    const auto option = options.find("POSIX_DIR");
+    const char* variable = getenv("UCX_POSIX_DIR");
+    const std::string folder = option != options.end() ? option->second : variable != nullptr ? variable : "/dev/shm";
+    struct statvfs found{};
+    if (!uses_it || statvfs(folder.c_str(), &found) != 0) return;
+    const std::uint64_t free_bytes = static_cast<std::uint64_t>(found.f_bavail) * found.f_frsize;
+    if (free_bytes >= kNeeded) return;
+    throw UcxError("UCX needs 24 MiB of shared memory to start, " + folder + " has " +
+                   std::to_string(free_bytes >> 20) +
+                   " MiB free: make it larger, or do without by UCX's setting "
+                   "TLS=tcp,self");
 }
 
 UcxContext::~UcxContext() { shut_down(); }

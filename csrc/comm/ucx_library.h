@@ -80,6 +80,7 @@ class UcxContext {
   private:
     void create_worker();
     void read_transports();
+    void check_shared_memory(const std::map<std::string, std::string>& options) const;
 
     std::shared_ptr<const UcxLibrary> library_;
     ucp_context_h context_ = nullptr;

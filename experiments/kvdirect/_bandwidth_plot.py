@@ -33,10 +33,14 @@ def median_ratio(rows: pd.DataFrame, scatter: str, block_bytes: int, ours: str, 
     return float((rates[ours] / rates[other]).median())
 
 
-def best_nixl(rows: pd.DataFrame, scatter: str, block_bytes: int) -> str | None:
-    """The setting of NIXL with the higher median rate there; None if NIXL was not measured."""
+def best_nixl(rows: pd.DataFrame, scatter: str, block_bytes: int, max_threads: int) -> str | None:
+    """The setting of NIXL with the highest median rate there, of those that copy with at most `max_threads`.
+
+    None if NIXL was not measured.
+    """
+    names = [name for name in _NIXL if SYSTEMS[name].num_copying_threads <= max_threads]
     chosen = rows[(rows["quantity"] == "bandwidth") & (rows["scatter"] == scatter)]
-    chosen = chosen[(chosen["block_bytes"] == block_bytes) & chosen["method"].isin(_NIXL)]
+    chosen = chosen[(chosen["block_bytes"] == block_bytes) & chosen["method"].isin(names)]
     medians = chosen.groupby("method")["gb_per_s"].median()
     return None if medians.empty else str(medians.idxmax())
 
@@ -119,6 +123,8 @@ def _paths(ax: Axes, rows: pd.DataFrame, methods: list[str]) -> None:
             text = f"{name}: left out, {mine['note'].dropna().iloc[0]}"
         else:
             paths = " or ".join(dict.fromkeys(mine["path"].dropna()))
-            text = f"{name}: {paths}; {mine['library'].iloc[0]}"
+            transports = str(mine["settings"].iloc[0]).partition(", ")[0].removeprefix("transports: ")
+            text = f"{name}: {paths}" + (f" ({transports})" if paths in ("nixl", "gloo") else "")
+            text += f"; {mine['library'].iloc[0]}"
         lines += textwrap.wrap(text, 62, subsequent_indent="   ")
     ax.text(0, 1, "Path and library\n" + "\n".join(lines), va="top", fontsize=7, transform=ax.transAxes)

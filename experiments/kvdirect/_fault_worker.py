@@ -6,6 +6,7 @@ by owner (see `_contents`). A request is judged only by what an application coul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from experiments.kvdirect._nursery import Channel, Progress
 from experiments.kvdirect._worker_settings import KINDS, FaultSettings
 from llmsys.comm.transports.base import Peer, Request, TransportConfig
 from llmsys.comm.transports.ucx import UcxOptions, UcxTransport
-from llmsys.core.errors import DeadlineError, InfeasibleError, LlmsysError
+from llmsys.core.errors import DeadlineError, InfeasibleError, LlmsysError, PeerLostError
 from llmsys.kvdirect.blocks import BlockPool, Blocks
 from llmsys.kvdirect.config import KvConfig
 from llmsys.kvdirect.holds import Access, Outcome
@@ -193,8 +194,13 @@ class FaultWorker(Listener):
                 _wait_ended(request)
             self._pools[kind].release(local)
 
-    def connect(self, progress: Progress, *, address: str, timeout_s: float) -> None:
-        self._connect(address, timeout_s)
+    def connect(self, progress: Progress, *, address: str, timeout_s: float) -> str:
+        """Returns why it could not, if so; the request that follows says the same."""
+        try:
+            self._connect(address, timeout_s)
+        except LlmsysError as error:
+            return str(error)
+        return ""
 
     def disconnect(self, progress: Progress, *, address: str) -> int:
         """How many connections there were."""
@@ -206,7 +212,8 @@ class FaultWorker(Listener):
     def abort(self, progress: Progress, *, ticket: str, timeout_s: float) -> None:
         """Tells the holder that a request that failed here is not wanted any more."""
         remote = Ticket.from_bytes(bytes.fromhex(ticket))
-        self._endpoint.abort(self._connect(remote.address, timeout_s), remote).wait(timeout_s)
+        with contextlib.suppress(PeerLostError):  # the holder has then lost us too, and gives the blocks up by itself
+            self._endpoint.abort(self._connect(remote.address, timeout_s), remote).wait(timeout_s)
 
     def use_stale(self, progress: Progress, *, ticket: str, transfer: bool, timeout_s: float) -> dict[str, Any]:
         """Tries a ticket of a former life, over a new and over the old connection; says how each try was refused."""

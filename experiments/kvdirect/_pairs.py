@@ -88,7 +88,10 @@ class EndpointProcess:
         )
 
     def stop(self) -> None:
+        """Returns when all its threads stand still."""
         self._process.send_signal(signal.SIGSTOP)
+        # Leaves it to be reaped by the Popen object if it has ended instead.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
@@ -211,3 +214,9 @@ def open_pairs(
             for process in pair._processes:
                 process.stop()
         yield pairs
+
+
+def rotated(pairs: Sequence[Pair], repeat: int) -> list[Pair]:
+    """All of them, beginning with another one at each repeat."""
+    first = repeat % len(pairs)
+    return [*pairs[first:], *pairs[:first]]

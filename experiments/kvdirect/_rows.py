@@ -27,6 +27,7 @@ def shared_columns(pair: Pair, context: RunContext) -> dict[str, Scalar]:
     described = {key: re.sub(r"/\S*/", "", text) for key, text in pair.description.items()}
     return {
         "method": pair.system.name,
+        "num_copying_threads": pair.system.num_copying_threads,
         "library": described.get("library", ""),
         "settings": ", ".join(f"{key}: {text}" for key, text in described.items() if key != "library"),
         "source": "measured",

@@ -138,6 +138,7 @@ def _row(case: tuple[str, str, str], outcomes: list[Outcome], cfg: Config) -> Ro
         "num_corrupted": sum(outcome.num_corrupted for outcome in outcomes),
         "num_lost": sum(outcome.num_lost for outcome in outcomes),
         "num_served_meanwhile": sum(outcome.num_served for outcome in outcomes),
+        "num_retries_meanwhile": sum(outcome.num_retries for outcome in outcomes),
         "detection_median_s": median(detection_s),
         "detection_max_s": max(detection_s),
         "recovery_median_s": median(recovery_s),
@@ -195,6 +196,9 @@ def compare(rows: pd.DataFrame) -> list[Comparison]:
             note=f"target: none; {checked} acknowledged ones were checked byte by byte",
         ),
     ]
+    served, retries = (int(rows[f"num_{what}_meanwhile"].sum()) for what in ("served", "retries"))
+    note = f"{retries} further tries, where the machine kept a process waiting for a whole lease"
+    result.append(Comparison(name="requests others completed meanwhile", paper=None, ours=served, unit="", note=note))
     for fault in (KILL, STOP):
         mine = rows[rows["fault"] == fault]
         if len(mine):

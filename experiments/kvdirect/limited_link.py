@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments import style
 from experiments.kvdirect._link import DEVICE, Link, limited_link
-from experiments.kvdirect._pairs import Pair, open_pairs
+from experiments.kvdirect._pairs import Pair, open_pairs, rotated
 from experiments.kvdirect._rows import check_ours_present, shared_columns
 from experiments.kvdirect._scatter import SHUFFLED, Pattern
 from experiments.kvdirect._systems import (
@@ -125,7 +125,7 @@ def _cells(pairs: list[Pair], cfg: Config, seed: int) -> Iterator[_Cell]:
     for repeat in range(cfg.num_repeats + 1):
         for rate in cfg.rates_gbit_per_s:
             for block in cfg.block_sizes:
-                for pair in pairs:
+                for pair in rotated(pairs, repeat):
                     num_blocks = min(_size_bytes(cfg, rate) // block, pair.system.max_blocks or 1 << 62)
                     pattern = Pattern(kind=SHUFFLED, block_bytes=block, num_blocks=num_blocks, seed=seed)
                     yield _Cell(repeat=repeat, rate_gbit_per_s=rate, pair=pair, pattern=pattern)
@@ -190,12 +190,22 @@ def plot(rows: pd.DataFrame) -> Figure:
         ax.set_title(f"{rate:g} Gbit/s", fontsize=10)
     axes[0, 0].set_ylabel("payload / rate of the link (median)")
     _latencies(axes[0, -1], rows[rows["quantity"] == "round trip"], methods)
-    missing = rows[rows["quantity"] == "missing"]
-    if len(missing):
-        notes = "; ".join(f"{name}: {note}" for name, note in zip(missing["method"], missing["note"], strict=True))
-        figure.suptitle(f"left out: {notes}", fontsize=7)
+    figure.suptitle(_paths(rows), fontsize=7)
     style.legend(figure, rows, methods=methods, num_columns=4)
     return figure
+
+
+def _paths(rows: pd.DataFrame) -> str:
+    """Path and library of each method, a line each; why, if it was left out."""
+    lines = []
+    for name, mine in rows.groupby("method", sort=False):
+        if (mine["quantity"] == "missing").any():
+            lines.append(f"{name}: left out, {mine['note'].dropna().iloc[0]}")
+        else:
+            transports = str(mine["settings"].iloc[0]).partition(", paths")[0].partition(", ucx_config")[0]
+            path = " or ".join(dict.fromkeys(mine["path"].dropna()))
+            lines.append(f"{name}: path {path}, {mine['library'].iloc[0]}, {transports}")
+    return "\n".join(lines)
 
 
 def _shares(ax: Axes, rows: pd.DataFrame, methods: list[str]) -> None:

@@ -1,4 +1,5 @@
 """KVDirect: disaggregated serving in which the decode worker pulls KV blocks from the prefill worker.
 
-Not built yet.
+`runtime.KvEndpoint` is the way in; the README of this folder has the protocol and what it guarantees. Planning and
+simulation of the paper's serving experiments are not built yet.
 """

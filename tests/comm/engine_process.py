@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if "LLMSYS_NATIVE_DIR" in os.environ:
     import tests.conftest  # noqa: F401  It puts the sanitized module in place.
 
+from llmsys import _C
 from tests.comm.engines import Memory, ended, new_engine, new_memory, pattern, post, wait_event
 
 
@@ -48,6 +49,9 @@ class Commands:
     def answer(self, **values: Any) -> None:
         self._answers.write(json.dumps(values).encode() + b"\n")
         self._answers.flush()
+
+    def sanitize(self) -> dict[str, Any]:
+        return {"sanitize": _C.build_info()["sanitize"]}
 
     def crc32(self) -> dict[str, Any]:
         return {"crc32": zlib.crc32(self.memory.array)}

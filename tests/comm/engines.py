@@ -156,6 +156,13 @@ def linked(path: str = "", **options: Any) -> Iterator[Link]:
         there.close()
 
 
+def memories(link: Link, size_bytes: int, path: str = "") -> tuple[Memory, Memory, int]:
+    """Memory here, memory there, and the latter as imported here."""
+    local = new_memory(link.here, size_bytes)
+    target = new_memory(link.there, size_bytes, allocate=path != "cma")
+    return local, target, target.imported_by(link.here, link.peer)
+
+
 class PlayedPeer:
     """The other end of a control connection, by hand: frames are (kind, token, sequence, delivered)."""
 

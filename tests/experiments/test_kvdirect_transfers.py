@@ -28,7 +28,17 @@ from experiments.kvdirect._scatter import (
     fill,
     num_wrong_bytes,
 )
-from experiments.kvdirect._systems import CMA, GLOO_PACKED, MEMCPY, NIXL_NO_THREAD, NIXL_SLEEPS, SHM, TCP, chosen
+from experiments.kvdirect._systems import (
+    CMA,
+    GLOO_PACKED,
+    MEMCPY,
+    NIXL_NO_THREAD,
+    NIXL_SLEEPS,
+    NIXL_TWO_THREADS,
+    SHM,
+    TCP,
+    chosen,
+)
 from llmsys.core.errors import ConfigError, InputError, TransportError
 
 HERE = LinkEnd(prefix=(), address="127.0.0.1")
@@ -193,7 +203,7 @@ class TestLink:
         assert not any(os.path.exists(f"/proc/{pid}/ns/net") for pid in pids)
 
     def test_without_the_right_to_make_namespaces_the_reason_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(_link.shutil, "which", lambda program: None if program == "tc" else program)
+        monkeypatch.setattr("shutil.which", lambda program: None if program == "tc" else program)
         text = r"(?s)cannot be made here.*iproute2.*no tc.*leave this experiment out"
         with pytest.raises(InputError, match=text), limited_link(1.0):
             pass
@@ -209,7 +219,7 @@ def _refusing_namespace(*_: object, **__: object) -> Any:
 def rates(**methods: list[float]) -> pd.DataFrame:
     """Rows of bandwidth at 16 KiB and 64 KiB, one repeat for each number, and postings of 2% and 8%."""
     names = {"shm": SHM, "cma": CMA, "tcp": TCP, "memcpy": MEMCPY, "thread": NIXL_SLEEPS, "none": NIXL_NO_THREAD}
-    names["gloo"] = GLOO_PACKED
+    names |= {"gloo": GLOO_PACKED, "two": NIXL_TWO_THREADS}
     bandwidth = [
         {
             "quantity": "bandwidth",
@@ -234,7 +244,8 @@ def rates(**methods: list[float]) -> pd.DataFrame:
 class TestTargets:
     def test_ratios_are_taken_within_a_repeat(self) -> None:
         rows = rates(shm=[9, 1, 30], memcpy=[10, 1, 30], cma=[4, 4, 4], thread=[2, 2, 2], none=[3, 3, 3], gloo=[1] * 3)
-        shm, nixl, gloo, *posted = transfer_bandwidth.compare(rows)
+        shm, nixl, any_nixl, gloo, *posted = transfer_bandwidth.compare(rows)
+        assert any_nixl.ours == nixl.ours
         assert shm.ours == 1.0 and shm.note.startswith("holds")
         assert nixl.ours == pytest.approx(4 / 3) and NIXL_NO_THREAD in nixl.note and nixl.note.startswith("holds")
         assert gloo.ours == 4.0 and gloo.note.startswith("holds")
@@ -243,11 +254,16 @@ class TestTargets:
 
     def test_a_missed_target_is_told(self) -> None:
         rows = rates(shm=[8.9], memcpy=[10], cma=[2.5], thread=[2], none=[1], gloo=[1])
-        assert all(item.note.startswith("DOES NOT HOLD") for item in transfer_bandwidth.compare(rows)[:3])
+        assert all(item.note.startswith("DOES NOT HOLD") for item in transfer_bandwidth.compare(rows)[:4])
+
+    def test_nixl_with_more_threads_than_ours_counts_only_where_that_is_said(self) -> None:
+        _, nixl, any_nixl, *_ = transfer_bandwidth.compare(rates(cma=[4], none=[2], two=[5]))
+        assert (nixl.ours, any_nixl.ours) == (2.0, 0.8)
+        assert "with 1 copying thread" in nixl.name and "thread" not in any_nixl.name
 
     def test_what_was_not_measured_is_not_compared(self) -> None:
-        shm, nixl, gloo, *_ = transfer_bandwidth.compare(rates(shm=[1.0]))
-        assert (shm.ours, nixl.ours, gloo.ours) == (None, None, None)
+        shm, nixl, any_nixl, gloo, *_ = transfer_bandwidth.compare(rates(shm=[1.0]))
+        assert (shm.ours, nixl.ours, any_nixl.ours, gloo.ours) == (None,) * 4
         assert nixl.note == "NIXL was not measured"
 
 

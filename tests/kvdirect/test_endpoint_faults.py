@@ -225,6 +225,23 @@ def test_a_peer_that_accepts_but_never_answers(job: Job) -> None:
         decode.endpoint.connect(bare.local.address, timeout_s=0.3)
 
 
+def test_a_peer_that_dies_before_it_answers(loopback: Job) -> None:
+    """Whoever connects hears of it at once, not when its time is over."""
+    decode = loopback.worker("decode")
+    bare: Any = loopback.new_transport("bare")
+
+    def die() -> None:
+        decode.heard.wait("joined", "bare")
+        bare.crash()
+
+    def connect() -> None:
+        with pytest.raises(TransportError) as caught:
+            decode.endpoint.connect(bare.local.address, timeout_s=WAIT_S)
+        assert not isinstance(caught.value, DeadlineError)
+
+    run_threads([connect, die])
+
+
 def test_closing_ends_what_waits(loopback: Job) -> None:
     prefill, decode, connection = loopback.pair()
     ticket, _, _ = prefill.hold("r", decode, 2)

@@ -66,6 +66,8 @@ def test_no_round_breaks_a_rule(outcomes: list[Outcome]) -> None:
     played = {(outcome.plan.fault, outcome.plan.moment, outcome.plan.side) for outcome in outcomes}
     assert played == set(CASES)
     assert all(outcome.num_served == 2 for outcome in outcomes)
+    # A machine under load may make a few leases run out; a fault that reaches others would do so in every round.
+    assert sum(outcome.num_retries for outcome in outcomes) < len(outcomes) / 2
     # Those of the others, the one after the fault, and that of the round if it was acknowledged.
     assert all(outcome.num_checked == 3 + (outcome.acknowledged is True) for outcome in outcomes)
     assert not any(outcome.num_corrupted or outcome.num_lost for outcome in outcomes)

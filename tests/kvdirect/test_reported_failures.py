@@ -6,6 +6,7 @@ Docstrings name the issues. Failures of one machine's stack (drivers, fabrics, l
 from __future__ import annotations
 
 import mmap
+import queue
 import threading
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,8 @@ from tests.kvdirect.holder import Holder
 from tests.kvdirect.ranks import DIRECT, FETCH, pull
 
 READ, WRITE = Access.READ, Access.WRITE
+# The last is Linux's MAP_NORESERVE, which Python does not name.
+UNRESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 
 
 # -- silent corruption -----------------------------------------------------------------------------------------------
@@ -321,11 +324,11 @@ def test_a_bad_block_count_harms_only_its_request(loopback: Job) -> None:
 
 def test_what_was_pushed_is_there_when_the_holder_hears_of_it(job: Job) -> None:
     """LMCache#1547: a cache miss right after a transfer."""
-    found: list[Any] = []
+    found: queue.Queue[torch.Tensor] = queue.Queue()
 
     class Reader(Listener):
         def ended(self, request_id: str, outcome: Outcome) -> None:
-            found.append(decode.cache.clone())
+            found.put(decode.cache.clone())
 
     decode, prefill = job.worker("decode", listener=Reader()), job.worker("prefill")
     connection = prefill.connect(decode)
@@ -334,8 +337,7 @@ def test_what_was_pushed_is_there_when_the_holder_hears_of_it(job: Job) -> None:
     values = prefill.fill(mine, 3)
     prefill.endpoint.transfer(connection, ["kv"], ticket, mine)
     prefill.endpoint.complete(connection, ticket).wait(WAIT_S)
-    decode.endpoint.wait_held("r", WAIT_S)
-    assert np.array_equal(found[0][blocks.ids].numpy(), values)
+    assert np.array_equal(found.get(timeout=WAIT_S)[blocks.ids].numpy(), values)
 
 
 # -- without an issue ------------------------------------------------------------------------------------------------
@@ -387,7 +389,7 @@ def test_offsets_beyond_4_gib(job: Job) -> None:
     """Sizes and offsets of 32 bits (KVDirect's public code). The memory is not touched but for one block."""
     num_blocks, block_bytes = 5 << 10, 1 << 20
     prefill, decode = job.worker("prefill"), job.worker("decode")
-    with mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as big:
+    with mmap.mmap(-1, num_blocks * block_bytes, flags=UNRESERVED) as big:
         array = np.frombuffer(big, dtype=np.uint8).reshape(num_blocks, block_bytes)
         array[-1] = 7
         prefill.endpoint.tensors.register_memory(

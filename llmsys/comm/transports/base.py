@@ -11,6 +11,7 @@ Every transport keeps it, and `tests/comm/test_conformance.py` checks every one 
 - **Completion.** A read is done when its bytes are in local memory and the peer was alive, and our lease on it valid,
   after the last byte. A write is done when its bytes are visible at the peer. A notification is done when the peer
   has queued it; each is delivered exactly once, in order.
+- **Connections.** Two endpoints have at most one, also when both dial at once; either of them may use it.
 - **Failure.** When a peer is lost, its requests end with an error that names it, after the last moment at which the
   transport could touch their local memory. Requests of other peers go on.
 - **Leases.** A peer that is not heard of for `lease_s` is lost. The peer stops touching our memory before that, since
@@ -45,6 +46,8 @@ class Capabilities:
     passive: they need no progress of the target's process at all (it may be stopped) where memory allows.
     allocates: `allocate` gives memory that peers on the host can map.
     shares_process: both ends can live in one process.
+    fenced: once a peer is lost, none of its operations that were under way touches our memory any more. The exception
+        is a process that was stopped within one copy: nobody else can keep it from finishing that copy.
     devices: device types whose memory can be registered.
     """
 
@@ -52,6 +55,7 @@ class Capabilities:
     passive: bool
     allocates: bool
     shares_process: bool
+    fenced: bool = True
     devices: tuple[str, ...] = ("cpu",)
 
 
@@ -359,7 +363,10 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Says goodbye to all peers, ends all requests with an error, frees everything. Can be called again."""
+        """Says goodbye to all peers, ends all requests with an error, frees everything. Can be called again.
+
+        No `peer_lost` is delivered for what ends by this.
+        """
 
     def __enter__(self) -> Transport:
         return self

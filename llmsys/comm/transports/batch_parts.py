@@ -1,15 +1,19 @@
-"""What transports on foreign libraries do with a checked batch: cut it into parts, and judge the library's errors."""
+"""What transports on foreign libraries share: cutting a checked batch into parts, memory as arrays, and errors."""
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmsys.comm.transports.base import Offsets
 from llmsys.comm.transports.memory import Batch
+
+Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +80,9 @@ def wait_for_verdict(check: Callable[[], None], timeout_s: float = 2.0) -> None:
     while time.monotonic() < deadline:
         check()
         time.sleep(0.005)
+
+
+def bytes_at(address: int, size_bytes: int) -> Bytes:
+    """Memory as an array that does not own it."""
+    memory = memoryview((ctypes.c_uint8 * size_bytes).from_address(address))
+    return np.frombuffer(memory.cast("B"), dtype=np.uint8)

@@ -25,13 +25,13 @@ from torch._C._distributed_c10d import Work
 
 from llmsys.comm.bootstrap import Hello, parse_address
 from llmsys.comm.transports.base import Capabilities, Peer, Region, RemoteRegion, TransportConfig
-from llmsys.comm.transports.batch_parts import Part, parts_of, wait_for_verdict
-from llmsys.comm.transports.gloo_pair import Blocks, Bytes, GlooPair, bytes_at
+from llmsys.comm.transports.batch_parts import Bytes, Part, bytes_at, parts_of, wait_for_verdict
+from llmsys.comm.transports.gloo_pair import Blocks, GlooPair
 from llmsys.comm.transports.gloo_serving import PartRequest, Serving, Staging, UsedRegions
 from llmsys.comm.transports.memory import Batch
 from llmsys.comm.transports.peer_table import lost_error
 from llmsys.comm.transports.python_base import PythonTransport
-from llmsys.core.errors import ConfigError, DescriptorError, TransportError
+from llmsys.core.errors import ConfigError, DescriptorError, LeaseExpiredError, PeerLostError, TransportError
 
 _OPEN, _START, _FINISH = 1, 2, 3
 _NUMBER = struct.Struct("<Q")
@@ -214,9 +214,11 @@ class _Requester:
             self.close()
             # Tracebacks of errors that are kept would keep sockets and threads.
             traceback.clear_frames(error.__traceback__)
-            if not isinstance(error, RuntimeError):  # Gloo's are.
+            if isinstance(error, PeerLostError | LeaseExpiredError):
                 raise
             wait_for_verdict(check)
+            if not isinstance(error, RuntimeError):  # Gloo's are.
+                raise
             raise TransportError(
                 f"gloo cannot reach {self._peer}",
                 expected="messages to come and go",

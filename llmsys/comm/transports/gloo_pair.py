@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -18,21 +17,15 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import Store, Work
 
 from llmsys.comm.transports.base import Offsets
+from llmsys.comm.transports.batch_parts import Bytes
 from llmsys.core.errors import TransportError
 
-Bytes = NDArray[np.uint8]
 _TAG, _CLOSING_TAG = 1, 2
 _WORLD_SIZE = 2
 # Addresses are known by then, so this is for slow machines.
 _JOIN_S = 10.0
 # torch's stubs leave out most of what a process group of one's own needs.
 _GROUP_CLASS: Any = c10d.ProcessGroupGloo
-
-
-def bytes_at(address: int, size_bytes: int) -> Bytes:
-    """Memory as an array that does not own it."""
-    memory = memoryview((ctypes.c_uint8 * size_bytes).from_address(address))
-    return np.frombuffer(memory.cast("B"), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +49,7 @@ class _Meeting(Store):
         self._rank, self._offer = rank, offer
         self._own = self._others = b""
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: Any) -> None:
         self._own, self._others = value, self._offer(value)
 
     def get(self, key: str) -> bytes:

@@ -13,7 +13,8 @@ import numpy as np
 from torch._C._distributed_c10d import Work
 
 from llmsys.comm.transports.base import Offsets, Region
-from llmsys.comm.transports.gloo_pair import Blocks, Bytes, GlooPair, bytes_at
+from llmsys.comm.transports.batch_parts import Bytes, bytes_at
+from llmsys.comm.transports.gloo_pair import Blocks, GlooPair
 from llmsys.core.errors import TransportError
 
 _PART = struct.Struct("<QBB")

@@ -112,7 +112,8 @@ class NixlTransport(PythonTransport):
     def capabilities(self) -> Capabilities:
         tls = self._ucx_tls()
         passive = not tls or tls.startswith("^") or any(name in tls.split(",") for name in ("all", "cma", "sm", "shm"))
-        return Capabilities(one_sided=True, passive=passive, allocates=True, shares_process=True)
+        # A posted transfer cannot be called back, and goes on when a stopped process does.
+        return Capabilities(one_sided=True, passive=passive, allocates=True, shares_process=True, fenced=False)
 
     def describe(self) -> dict[str, str]:
         options = self._options

@@ -33,6 +33,7 @@ from .base import (
     TransportConfig,
     check_copies,
 )
+from .peer_table import PeerTable
 from .ucx_library import UcxLibrary, find_ucx_library
 from .ucx_request import UcxRequest, input_errors, pack_copies
 
@@ -76,7 +77,7 @@ class UcxTransport(Transport):
         self._established: set[int] = set()
         self._gone: dict[int, str] = {}
         self._regions: dict[int, tuple[Region, object]] = {}
-        self._dialling: dict[str, threading.Lock] = {}
+        self._table = PeerTable(lambda: self._local)
         self._watched: dict[int, UcxRequest] = {}
         self._queue = EventQueue()
         self._closed = False
@@ -88,10 +89,14 @@ class UcxTransport(Transport):
             secret=self._secret,
             hello=self._hello,
             accepted=self._accepted,
+            admit=self._table.admit,
+            failed=self._table.failed,
+            start_now=False,
         )
         self._local = Peer(peer_id=0, name=name, generation=generation, address=self._listener.address)
         self._events = threading.Thread(target=self._deliver, name="llmsys-ucx-events", daemon=True)
         self._events.start()
+        self._listener.start()
 
     @classmethod
     def available(cls) -> str | None:
@@ -208,22 +213,13 @@ class UcxTransport(Transport):
                 found=address,
                 fix="copy within a process without a transport",
             )
-        with self._lock:
-            guard = self._dialling.setdefault(address, threading.Lock())
-        if not guard.acquire(timeout=timeout_s):
-            raise _no_answer(address, timeout_s, "another thread's connect to it is still under way")
-        try:
-            with self._lock:
-                for peer in self._peers.values():
-                    if peer.address == address and peer.peer_id in self._established:
-                        return peer
-            remaining_s = max(deadline_s - time.monotonic(), 0.001)
-            sock, hello, session = dial(address, secret=self._secret, hello=self._hello(), timeout_s=remaining_s)
-            peer = self._add_peer(sock, hello, session)
-            self._wait_established(peer, deadline_s, timeout_s)
-            return peer
-        finally:
-            guard.release()
+        peer = self._table.connect(address, timeout_s=timeout_s, dial=lambda left_s: self._dial(address, left_s))
+        self._wait_established(peer, deadline_s, timeout_s)
+        return peer
+
+    def _dial(self, address: str, timeout_s: float) -> Peer:
+        sock, hello, session = dial(address, secret=self._secret, hello=self._hello(), timeout_s=timeout_s)
+        return self._add_peer(sock, hello, session)
 
     def _wait_established(self, peer: Peer, deadline_s: float, timeout_s: float) -> None:
         with self._lock:
@@ -291,6 +287,7 @@ class UcxTransport(Transport):
                 ) from error
             peer = Peer(peer_id=peer_id, name=hello.name, generation=hello.generation, address=hello.address)
             self._peers[peer_id] = peer
+            self._table.add(peer)
             return peer
 
     def disconnect(self, peer: Peer) -> None:
@@ -306,7 +303,9 @@ class UcxTransport(Transport):
     def _forget(self, peer_id: int, reason: str) -> bool:
         """Takes a peer off the lists; whether it had been announced. With the lock held."""
         announced = peer_id in self._established
-        self._peers.pop(peer_id, None)
+        peer = self._peers.pop(peer_id, None)
+        if peer is not None:
+            self._table.remove(peer)
         self._established.discard(peer_id)
         self._gone[peer_id] = reason
         self._lock.notify_all()
@@ -402,6 +401,7 @@ class UcxTransport(Transport):
             self._lock.notify_all()
         if not first:
             return
+        self._table.close()
         self._listener.close()
         self._engine.close()
         self._engine.wake()
@@ -411,6 +411,8 @@ class UcxTransport(Transport):
             left = list(self._watched.values())
             self._watched.clear()
             self._regions.clear()
+            self._peers.clear()
+            self._established.clear()
         for request in left:
             request.ended()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +14,8 @@ from llmsys import _C
 from llmsys.core.errors import InputError, PeerLostError, TransportError
 
 from .base import Copies, Request, RequestStats
+
+_log = logging.getLogger(__name__)
 
 Watch = Callable[["UcxRequest", _C.Request], None]
 """Makes the transport call `UcxRequest.ended` on its event thread when the native request has ended."""
@@ -87,7 +90,11 @@ class UcxRequest(Request):
         with self._lock:
             callbacks, self._callbacks = self._callbacks or [], None
         for callback in callbacks:
-            callback(self)
+            # An error in a callback is the program's own; the event thread goes on.
+            try:
+                callback(self)
+            except Exception:
+                _log.exception("a callback of the %s failed", self._description)
 
 
 def pack_copies(
@@ -121,7 +128,7 @@ def input_errors(summary: str) -> Iterator[None]:
     """Turns the engine's refusals into errors of the toolkit."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # A number that is out of range for C++ is a TypeError.
         raise InputError(
             summary,
             expected="values that the engine can use",

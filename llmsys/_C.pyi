@@ -232,12 +232,16 @@ class Engine:
         max_message_bytes: int = 1048576,
         slice_bytes: int = 4194304,
         window: int = 256,
+        num_copy_threads: int = 1,
+        huge_pages: bool = True,
         test_slice_delay_us: int = 0,
     ) -> None:
         """``library_path`` is a libucp.so.0 of UCX 1.14 or newer. ``ucx_config`` has names without UCX_.
 
         A peer that is not heard for ``lease_s`` is lost. ``slice_bytes``: most that is done for one peer before
-        others are looked at. ``window``: UCX operations in flight for one peer. ``test_slice_delay_us`` sleeps after
+        others are looked at, by each copying thread. ``window``: UCX operations in flight for one peer.
+        ``num_copy_threads`` share copies within the host, the progress thread included. ``huge_pages``: ask the kernel
+        to put registered memory that is in use into huge pages, which takes some 0.1 s a GiB at registration. ``test_slice_delay_us`` sleeps after
         each slice, so that tests can act in the middle of a batch.
         """
 

@@ -137,7 +137,7 @@ void close_at_exit(nb::handle engine) {
 void make_engine(nb::pointer_and_handle<Engine> self, const std::string& library_path,
                  const std::map<std::string, std::string>& ucx_config, bool spin, double heartbeat_s, double lease_s,
                  bool shm, bool cma, std::int64_t max_message_bytes, std::int64_t slice_bytes, std::int64_t window,
-                 std::int64_t test_slice_delay_us) {
+                 std::int64_t num_copy_threads, bool huge_pages, std::int64_t test_slice_delay_us) {
     EngineOptions options;
     options.spin = spin;
     options.heartbeat_ns = nanoseconds(heartbeat_s, "heartbeat_s");
@@ -147,6 +147,8 @@ void make_engine(nb::pointer_and_handle<Engine> self, const std::string& library
     options.max_message_bytes = max_message_bytes;
     options.slice_bytes = slice_bytes;
     options.window = window;
+    options.num_copy_threads = num_copy_threads;
+    options.huge_pages = huge_pages;
     options.test_slice_delay_us = test_slice_delay_us;
     {
         nb::gil_scoped_release release;
@@ -285,6 +287,7 @@ void bind_engine(nb::module_& m) {
              nb::arg("lease_s") = 1e-9 * static_cast<double>(defaults.lease_ns), nb::arg("shm") = defaults.shm,
              nb::arg("cma") = defaults.cma, nb::arg("max_message_bytes") = defaults.max_message_bytes,
              nb::arg("slice_bytes") = defaults.slice_bytes, nb::arg("window") = defaults.window,
+             nb::arg("num_copy_threads") = defaults.num_copy_threads, nb::arg("huge_pages") = defaults.huge_pages,
              nb::arg("test_slice_delay_us") = defaults.test_slice_delay_us)
         .def("info", &info)
         .def("worker_address", [](const Engine& engine) { return to_bytes(engine.worker_address()); })

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "comm/huge_pages.h"
 #include "common/check.h"
 
 namespace llmsys::comm {
@@ -38,6 +39,8 @@ EngineOptions checked(const EngineOptions& options) {
     LLMSYS_CHECK(options.slice_bytes >= 4096 && options.slice_bytes <= (1 << 30),
                  "slice_bytes must be between 4096 and 1073741824, got " << options.slice_bytes);
     LLMSYS_CHECK(options.window >= 1, "window must be positive, got " << options.window);
+    LLMSYS_CHECK(options.num_copy_threads >= 1 && options.num_copy_threads <= 64,
+                 "num_copy_threads must be between 1 and 64, got " << options.num_copy_threads);
     return options;
 }
 
@@ -130,6 +133,7 @@ std::int64_t Engine::register_memory(std::uint64_t address, std::uint64_t size_b
     params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS;
     params.address = reinterpret_cast<void*>(address);
     params.length = size_bytes;
+    if (options_.huge_pages && !cuda) ask_for_huge_pages(address, size_bytes);
     return map_memory(params, cuda);
 }
 

@@ -59,7 +59,8 @@ Progress::Progress(UcxContext& context, EngineOptions options, Registry& registr
       registry_(registry),
       events_(std::move(events)),
       epoll_(epoll_create1(EPOLL_CLOEXEC)),
-      wakeup_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+      wakeup_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      copies_(static_cast<int>(options.num_copy_threads), options.slice_bytes) {
     add_to_epoll(epoll_.get(), wakeup_.get(), kWakeupTag);
     add_to_epoll(epoll_.get(), context_.event_fd(), kUcxTag);
     ucp_am_handler_param_t handler{};

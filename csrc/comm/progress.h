@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "comm/batch.h"
+#include "comm/copy_slice.h"
 #include "comm/memory.h"
 #include "comm/peer.h"
 #include "comm/request.h"
@@ -29,6 +30,8 @@ struct EngineOptions {
     std::int64_t max_message_bytes = 1 << 20;
     std::int64_t slice_bytes = 4 << 20;
     std::int64_t window = 256;
+    std::int64_t num_copy_threads = 1;
+    bool huge_pages = true;
     std::int64_t test_slice_delay_us = 0;
 };
 
@@ -127,9 +130,9 @@ class Progress {
     bool advance(Peer& peer);
     bool advance_batch(Peer& peer);
     void run_slice(Peer& peer, Transaction& batch);
-    bool copy_piece(Peer& peer, const BatchGroup& group, const Segment& piece, bool write);
-    void copy_mapped(const BatchGroup& group, const Segment& piece, bool write);
-    bool run_vectored(Peer& peer, bool write);
+    std::int64_t move_piece(Peer& peer, const BatchGroup& group, const Segment& piece, bool write,
+                            std::int64_t& ucx_budget);
+    void run_copies(Peer& peer, bool write);
     bool post_operation(Peer& peer, const BatchGroup& group, const Segment& piece, bool write);
     void flush(Peer& peer);
     void finish_batch(Peer& peer);
@@ -168,7 +171,7 @@ class Progress {
     std::int64_t next_heartbeat_ns_ = 0;
     std::int64_t next_check_ns_ = 0;
     std::vector<Frame> frames_;
-    VectoredCopy copy_;
+    CopySlice copies_;
     bool closing_ = false;
 
     std::mutex join_mutex_;

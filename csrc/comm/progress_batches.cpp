@@ -92,16 +92,15 @@ bool Progress::advance_batch(Peer& peer) {
 void Progress::run_slice(Peer& peer, Transaction& batch) {
     const bool write = batch.request->kind == RequestKind::write;
     BatchCursor& cursor = peer.cursor;
-    std::int64_t budget = options_.slice_bytes;
-    copy_.clear();
-    while (budget > 0 && !at_end(cursor, batch) && peer.ending == Ending::none) {
+    std::int64_t ucx_budget = options_.slice_bytes;
+    copies_.begin(batch.request->size_bytes - cursor.moved_bytes);
+    while (!at_end(cursor, batch) && peer.ending == Ending::none) {
         const BatchGroup& group = batch.groups[cursor.group];
         const Segment& segment = group.segments->items[cursor.item];
-        const std::int64_t length = std::min(segment.length - cursor.offset, budget);
-        if (!copy_piece(peer, group, {segment.local + cursor.offset, segment.remote + cursor.offset, length}, write)) {
-            break;
-        }
-        budget -= length;
+        const Segment rest{segment.local + cursor.offset, segment.remote + cursor.offset,
+                           segment.length - cursor.offset};
+        const std::int64_t length = move_piece(peer, group, rest, write, ucx_budget);
+        if (length == 0) break;
         cursor.moved_bytes += length;
         cursor.offset += length;
         counters_.path_bytes[static_cast<int>(group.path)].fetch_add(length, std::memory_order_relaxed);
@@ -111,51 +110,46 @@ void Progress::run_slice(Peer& peer, Transaction& batch) {
             settle(cursor, batch);
         }
     }
-    if (!copy_.empty() && peer.ending == Ending::none) run_vectored(peer, write);
+    if (copies_.size_bytes() > 0 && peer.ending == Ending::none) run_copies(peer, write);
 }
 
-// False where it has to wait or has failed; nothing of the piece was done then.
-bool Progress::copy_piece(Peer& peer, const BatchGroup& group, const Segment& piece, bool write) {
+// How many of its bytes were taken: 0 where it has to wait for the next slice, or has failed.
+std::int64_t Progress::move_piece(Peer& peer, const BatchGroup& group, const Segment& piece, bool write,
+                                  std::int64_t& ucx_budget) {
     const std::uint64_t local = group.region->address + static_cast<std::uint64_t>(piece.local);
-    const std::uint64_t remote = group.remote->address + static_cast<std::uint64_t>(piece.remote);
-    const auto length = static_cast<std::size_t>(piece.length);
-    switch (group.path) {
-        case Path::shm:
-            copy_mapped(group, piece, write);
-            return true;
-        case Path::cma:
-            if (copy_.add(local, remote, length)) return true;
-            return run_vectored(peer, write) && copy_.add(local, remote, length);
-        default:
-            return post_operation(peer, group, piece, write);
+    if (group.path == Path::cma) {
+        const std::uint64_t remote = group.remote->address + static_cast<std::uint64_t>(piece.remote);
+        return copies_.add_vectored(local, remote, piece.length);
     }
+    if (group.path == Path::shm) {
+        const std::uint64_t mapped = group.remote->mapped + static_cast<std::uint64_t>(piece.remote);
+        return copies_.add_mapped(write ? mapped : local, write ? local : mapped, piece.length);
+    }
+    const std::int64_t length = std::min(piece.length, ucx_budget);
+    if (length == 0 || !post_operation(peer, group, {piece.local, piece.remote, length}, write)) return 0;
+    ucx_budget -= length;
+    return length;
 }
 
-void Progress::copy_mapped(const BatchGroup& group, const Segment& piece, bool write) {
-    void* local = reinterpret_cast<void*>(group.region->address + static_cast<std::uint64_t>(piece.local));
-    void* remote = reinterpret_cast<void*>(group.remote->mapped + static_cast<std::uint64_t>(piece.remote));
-    std::memcpy(write ? remote : local, write ? local : remote, static_cast<std::size_t>(piece.length));
-    counters_.num_operations.fetch_add(1, std::memory_order_relaxed);
-}
-
-bool Progress::run_vectored(Peer& peer, bool write) {
-    const std::uint64_t calls_before = copy_.num_calls();
-    const std::size_t size_bytes = copy_.size_bytes();
-    const int error = copy_.run(*peer.arguments.probe, write);
-    counters_.num_operations.fetch_add(static_cast<std::int64_t>(copy_.num_calls() - calls_before),
-                                       std::memory_order_relaxed);
-    copy_.clear();
-    if (error == 0) return true;
+void Progress::run_copies(Peer& peer, bool write) {
+    const Probe* target = peer.arguments.probe ? &*peer.arguments.probe : nullptr;
+    // Only this thread changes the lease, and it is in `run` while others ask.
+    const int error = copies_.run(target, write, [&peer] { return peer.liveness.may_touch(boottime_ns()); });
+    counters_.num_operations.fetch_add(copies_.num_operations(), std::memory_order_relaxed);
+    if (error == 0) return;
     // A peer that has left is no failure of the copy.
     read_socket(peer);
-    if (peer.ending != Ending::none) return false;
+    if (peer.ending != Ending::none) return;
     if (error == ESRCH) {
         begin_ending(peer, Ending::lost, "its process has ended");
+    } else if (error == ETIME) {
+        // Part of the slice was left out, so the batch has failed even if the peer is heard of again.
+        peer.cursor.error = "the lease of this side at the peer ended meanwhile";
+        next_check_ns_ = 0;
     } else {
         peer.cursor.error = std::string(write ? "process_vm_writev" : "process_vm_readv") + " of " +
-                            std::to_string(size_bytes) + " bytes: " + strerror(error);
+                            std::to_string(copies_.size_bytes()) + " bytes: " + strerror(error);
     }
-    return false;
 }
 
 bool Progress::post_operation(Peer& peer, const BatchGroup& group, const Segment& piece, bool write) {

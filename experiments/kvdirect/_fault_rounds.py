@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.kvdirect._fleet import Exchange, Fleet
 from experiments.kvdirect._workers import Worker
-from llmsys.core.errors import TransportError
+from llmsys.core.errors import LlmsysError, TransportError
 
 BEFORE_CONNECT, CONNECTING, MID_BATCH = "before connect", "connecting", "mid-batch"
 BEFORE_COMPLETION, COMPLETING, AFTER_COMPLETION = "before completion", "completing", "after completion"
@@ -155,6 +155,10 @@ def _choose(rng: np.random.Generator, names: tuple[str, ...], never: str) -> str
     return allowed[rng.integers(len(allowed))]
 
 
+class _Breach(TransportError):
+    """A broken rule, with the words to play the round again."""
+
+
 class Round:
     """Runs one plan on a fleet, which it leaves whole."""
 
@@ -169,6 +173,17 @@ class Round:
         self._detected: list[float] = []
 
     def run(self) -> Outcome:
+        """Raises TransportError: a rule was broken, a worker failed, or something did not come in its time."""
+        try:
+            return self._play()
+        except _Breach:
+            raise
+        except LlmsysError as error:
+            raise self._violation(
+                "the round could not be played", "no error in driver and workers", f"{error}"
+            ) from error
+
+    def _play(self) -> Outcome:
         plan, begin_s = self._plan, time.monotonic()
         self._prepare()
         exchange, in_time = self._reach_the_moment()
@@ -457,9 +472,9 @@ class Round:
             )
         return str(held["outcome"])
 
-    def _violation(self, what: str, expected: str, found: str) -> TransportError:
+    def _violation(self, what: str, expected: str, found: str) -> _Breach:
         plan = self._plan
-        return TransportError(
+        return _Breach(
             f"fault round {plan.index} of seed {plan.seed} ({plan.fault} of the {plan.side} {plan.victim}, "
             f"{plan.moment}, {plan.access} from {plan.holder} by {plan.initiator}, {self._path()}): {what}",
             expected=expected,

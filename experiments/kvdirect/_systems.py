@@ -12,7 +12,9 @@ OptionValue = str | int | float | bool
 
 MEMCPY = "memcpy in one process"
 SHM = "ours, shared memory"
+SHM_ONE = "ours, shared memory, 1 thread"
 CMA = "ours, process_vm_readv"
+CMA_ONE = "ours, process_vm_readv, 1 thread"
 TCP = "ours, UCX over TCP"
 NIXL_SPINS = "NIXL READ, progress thread polls"
 NIXL_SLEEPS = "NIXL READ, progress thread sleeps"
@@ -52,8 +54,23 @@ SYSTEMS = {
     system.name: system
     for system in (
         System(name=MEMCPY, kind="memcpy"),
-        System(name=SHM, kind="ucx", options={"cma": False}, allocated=True, coalesces=True),
-        System(name=CMA, kind="ucx", options={"shm": False}, coalesces=True),
+        System(
+            name=SHM,
+            kind="ucx",
+            options={"cma": False, "num_copy_threads": 2},
+            allocated=True,
+            coalesces=True,
+            num_copying_threads=2,
+        ),
+        System(name=SHM_ONE, kind="ucx", options={"cma": False, "num_copy_threads": 1}, allocated=True),
+        System(
+            name=CMA,
+            kind="ucx",
+            options={"shm": False, "num_copy_threads": 2},
+            coalesces=True,
+            num_copying_threads=2,
+        ),
+        System(name=CMA_ONE, kind="ucx", options={"shm": False, "num_copy_threads": 1}),
         System(name=TCP, kind="ucx", options={"shm": False, "cma": False, "tls": "tcp,self"}, coalesces=True),
         System(name=NIXL_SPINS, kind="nixl", options={**_NIXL, "progress": "spin"}),
         System(name=NIXL_SLEEPS, kind="nixl", options={**_NIXL, "progress": "events"}),

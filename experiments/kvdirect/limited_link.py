@@ -183,7 +183,7 @@ def _round_trips(pair: Pair, rate_gbit_per_s: float, cfg: Config, context: RunCo
 def plot(rows: pd.DataFrame) -> Figure:
     transfers = rows[rows["quantity"] == "bandwidth"]
     rates = sorted(set(transfers["rate_gbit_per_s"]))
-    figure, axes = style.subplots(1, len(rates) + 1, panel_width_in=4.2)
+    figure, axes = style.subplots(1, len(rates) + 1, panel_width_in=4.2, panel_height_in=3.9)
     methods = [name for name in SYSTEMS if (transfers["method"] == name).any()]
     for ax, rate in zip(axes[0], rates, strict=False):
         _shares(ax, transfers[transfers["rate_gbit_per_s"] == rate], methods)
@@ -211,14 +211,13 @@ def _paths(rows: pd.DataFrame) -> str:
 def _shares(ax: Axes, rows: pd.DataFrame, methods: list[str]) -> None:
     medians = rows.groupby(["method", "source", "block_bytes"], sort=False)["share_of_rate"].median().reset_index()
     style.lines(ax, medians, x="block_bytes", y="share_of_rate", methods=methods)
-    ax.axhline(float(rows["payload_limit"].iloc[0]), color=style.GREY, linewidth=1)
-    ax.axhline(TARGET_SHARE, color=style.GREY, linestyle="--", linewidth=1)
-    ax.annotate(
-        "all that TCP can carry", (0.02, float(rows["payload_limit"].iloc[0])), xycoords=("axes fraction", "data")
-    )
-    ax.annotate("target", (0.02, TARGET_SHARE), xycoords=("axes fraction", "data"))
-    for text in ax.texts:
-        text.set(fontsize=7, va="bottom")
+    limit = float(rows["payload_limit"].iloc[0])
+    for height, text, line, side in (
+        (limit, "all that TCP can carry", "-", "bottom"),
+        (TARGET_SHARE, "target", "--", "top"),
+    ):
+        ax.axhline(height, color=style.GREY, linestyle=line, linewidth=1)
+        ax.annotate(text, (0.02, height), xycoords=("axes fraction", "data"), fontsize=7, va=side)
     ticks = sorted(set(rows["block_bytes"].astype(int)))
     ax.set(xscale="log", xlabel="block size (KiB)", ylim=(0, 1.05))
     ax.set_xticks(ticks, [str(tick >> 10) for tick in ticks])

@@ -33,8 +33,6 @@ from llmsys.comm.messenger import (
 )
 from llmsys.core.errors import InputError, PlanError
 
-_TRANSFERS_OF_A_PLAN = 1 << 16
-_NUM_TAGS = 1 << 31
 _UNUSABLE = "\0"
 
 
@@ -127,8 +125,6 @@ class Channels:
             for wrong, field in bad:
                 if wrong:
                     return f"transfer {number} of its plan has {field} {getattr(transfer, field)!r}"
-        if len(plan) >= _TRANSFERS_OF_A_PLAN:
-            return f"{len(plan)} transfers, above {_TRANSFERS_OF_A_PLAN - 1}"
         return ""
 
     def _common(self, plan: Sequence[PlannedTransfer], peer: int) -> list[str]:
@@ -182,8 +178,7 @@ class PlannedTransfers:
         self._messengers = messengers
         self._plan = tuple(plan)
         self._timeout_s = timeout_s
-        self._first_tag = number * _TRANSFERS_OF_A_PLAN
-        self._num_of_peer: dict[int, int] = {}  # transfers posted with each peer: both sides count alike
+        self._tag = number  # of the plan; within it, messages between two ranks arrive in the order they were posted
         self._num_posted = 0
         self._open: list[Handle[torch.Tensor]] = []
 
@@ -284,14 +279,9 @@ class PlannedTransfers:
 
     def _post_bytes(self, operation: Operation, transfer: PlannedTransfer, data: torch.Tensor) -> list[Posted]:
         peer = transfer.peer
-        number = self._num_of_peer.get(peer, 0)
-        tag = (self._first_tag + number) % _NUM_TAGS
         up = (self._messengers[transfer.channel, True].rank < peer) == (transfer.direction == "send")
         message = [(peer, as_bytes(data[None]))]
         messenger = self._messengers[transfer.channel, up]
         if transfer.direction == "send":
-            posted = messenger.post(operation, tag, sends=message, grouped=False)
-        else:
-            posted = messenger.post(operation, tag, receives=message, grouped=False)
-        self._num_of_peer[peer] = number + 1
-        return posted
+            return messenger.post(operation, self._tag, sends=message, grouped=False)
+        return messenger.post(operation, self._tag, receives=message, grouped=False)

@@ -45,8 +45,9 @@ def library_path() -> str:
 
 def new_engine(path: str = "", **options: Any) -> _C.Engine:
     """An engine in which memory goes by `path`, where that can be had; any path if empty."""
+    library = library_path()
     allowed = {"shm": path in ("", "shm"), "cma": path in ("", "cma"), "ucx_config": TRANSPORTS}
-    return _C.Engine(library_path(), **(allowed | {"heartbeat_s": 0.25, "lease_s": 20.0} | options))
+    return _C.Engine(library, **(allowed | {"heartbeat_s": 0.25, "lease_s": 20.0} | options))
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:

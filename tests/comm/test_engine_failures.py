@@ -174,6 +174,22 @@ def test_stopped_beyond_the_lease_both_sides_give_up(path: str) -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("path", ["shm", "cma"])
+def test_read_that_outlived_its_lease_has_failed(path: str) -> None:
+    """All bytes are here, but the peer had given this side up before the last of them: they may be anything."""
+    here = new_engine(path, test_slice_delay_us=4_000_000)
+    there = new_engine(path, lease_s=2.0)
+    try:
+        peer, back = connect(here, there, lease_s=2.0)
+        local, target = new_memory(here, 4096), new_memory(there, 4096, allocate=path == "shm")
+        request = ended(post(here, False, peer, local, target.imported_by(here, peer), [(0, 0, 4096)]))
+        assert request.error_kind() == "lost" and "read of 1 entries" in str(request.error())
+        assert wait_event(there, "lost")[:2] == ("lost", back)
+    finally:
+        here.close()
+        there.close()
+
+
 def test_peer_that_closes_has_left(engine: _C.Engine) -> None:
     with child_of(engine, "cma", SIZE) as child:
         assert child.call("close") == {}
@@ -222,14 +238,15 @@ def test_removed_peer_ends_its_requests_as_cancelled() -> None:
 
 
 def test_requests_wait_until_the_peer_answers(engine: _C.Engine) -> None:
-    other = new_engine()
+    other, friend = new_engine(), new_engine()
     try:
+        connect(other, friend)
         played = PlayedPeer(engine, other.worker_address())
         request = engine.notify(played.peer, b"x")
         assert not request.wait(0.3) and engine.peer_state(played.peer)["state"] == "connecting"
         played.answer_heartbeat()
         assert wait_event(engine, "established") == ("established", played.peer)
-        # It is sent now. The other engine does not know the token, so it is never acknowledged.
+        # It is sent now. The other engine knows another token than this one, so it is never acknowledged.
         deadline_s = time.monotonic() + WAIT_S
         while other.stats()["num_dropped_messages"] == 0:
             assert time.monotonic() < deadline_s and not request.wait(0.01)
@@ -238,6 +255,7 @@ def test_requests_wait_until_the_peer_answers(engine: _C.Engine) -> None:
         assert ended(request).error_kind() == "lost" and "it closed its connection" in str(request.error())
     finally:
         other.close()
+        friend.close()
 
 
 def test_heartbeats_are_answered(engine: _C.Engine) -> None:
@@ -334,19 +352,20 @@ def test_probe_of_another_process_is_not_believed(engine: _C.Engine, what: str) 
 
 
 def test_memory_that_is_gone_fails_the_batch_and_not_the_peer() -> None:
-    """A peer that unmaps what it has registered: its fault, and no more than an error here."""
+    """A peer that unmaps half of what it has registered: its fault, and no more than an error here."""
+    size = 8 * mmap.PAGESIZE
     with linked("cma") as link:
-        local = new_memory(link.here, 4 * mmap.PAGESIZE)
-        with mmap.mmap(-1, 4 * mmap.PAGESIZE, mmap.MAP_PRIVATE) as pages:
-            array = np.frombuffer(pages, np.uint8)
-            address = int(array.ctypes.data)
-            region = link.there.register_memory(address, array.size)
-            key = link.there.remote_key(region)
-            remote = link.here.import_remote(link.peer, key, address, array.size)
-            link.there.release(region)
-            del array
-        request = ended(link.read(local, remote, [(0, 0, 4 * mmap.PAGESIZE)]))
-        assert request.error_kind() == "transport" and "process_vm_readv" in str(request.error())
+        local = new_memory(link.here, size)
+        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+        address = int(np.frombuffer(pages, np.uint8).ctypes.data)
+        region = link.there.register_memory(address, size)
+        remote = link.here.import_remote(link.peer, link.there.remote_key(region), address, size)
+        succeeded(link.read(local, remote, [(0, 0, size)]))
+        pages.resize(size // 2)
+        request = ended(link.read(local, remote, [(0, 0, size)]))
+        assert request.error_kind() == "transport"
+        assert "process_vm_readv of 32768 bytes: Bad address" in str(request.error())
+        succeeded(link.read(local, remote, [(0, 0, size // 2)]))
         succeeded(link.here.notify(link.peer, b"still there"))
 
 

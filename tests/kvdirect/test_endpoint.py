@@ -38,6 +38,7 @@ def test_pull(job: Job) -> None:
     assert not decode.cache[[i for i in range(32) if i not in mine.ids]].any()
     assert prefill.endpoint.wait_held("r", WAIT_S) is Outcome.COMPLETED
     assert prefill.pool.num_free == 32 and not prefill.pool.is_current(blocks)
+    prefill.heard.wait("ended", "r")
     assert prefill.heard.of("ended") == [("r", Outcome.COMPLETED)]
 
 
@@ -222,6 +223,7 @@ def test_completing_again_gives_the_same_end(job: Job) -> None:
     for completion in (first, second, decode.endpoint.complete(connection, ticket)):
         completion.wait(WAIT_S)
     decode.endpoint.abort(connection, ticket).wait(WAIT_S)  # too late, and all is well
+    prefill.heard.wait("ended", "r")
     assert prefill.heard.of("ended") == [("r", Outcome.COMPLETED)]
     with pytest.raises(InputError, match="it was completed"):
         decode.endpoint.transfer(connection, ["kv"], ticket, [(0, ticket.blocks.ids[0])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -145,15 +146,15 @@ def test_mistakes_of_a_listener_hurt_nobody(job: Job) -> None:
 def test_a_listener_defines_what_it_needs(loopback: Job) -> None:
     class OnlyEnds(Listener):
         def __init__(self) -> None:
-            self.ends: list[str] = []
+            self.ends: queue.Queue[str] = queue.Queue()
 
         def ended(self, request_id: str, outcome: Outcome) -> None:
-            self.ends.append(request_id)
+            self.ends.put(request_id)
 
     listener = OnlyEnds()
     prefill, decode = loopback.worker("prefill", listener=listener), loopback.worker("decode")
     transfer(prefill, decode, "r", 1, Access.READ, 1)
-    assert listener.ends == ["r"]
+    assert listener.ends.get(timeout=WAIT_S) == "r"
 
 
 def test_threads_that_connect_share_one_connection(job: Job) -> None:

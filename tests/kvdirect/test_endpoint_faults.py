@@ -111,6 +111,7 @@ def test_an_answer_that_was_lost_can_be_asked_for_again(loopback: Job) -> None:
     prefill.endpoint._outbox.send = send  # type: ignore[method-assign]
     decode.endpoint.complete(decode.connect(prefill), ticket).wait(WAIT_S)
     assert np.array_equal(decode.read(mine), values)
+    prefill.heard.wait("ended", "r")
     assert prefill.heard.of("ended") == [("r", Outcome.COMPLETED)]
 
 
@@ -218,10 +219,10 @@ def test_a_peer_that_is_stopped_while_it_is_connected_to(loopback: Job) -> None:
     transfer(prefill, decode, "r", 1)
 
 
-def test_a_peer_that_accepts_but_never_answers(job: Job) -> None:
+def test_a_peer_that_accepts_but_never_answers(loopback: Job) -> None:
     """A transport without an endpoint on top."""
-    decode = job.worker("decode")
-    with job.new_transport("bare") as bare, pytest.raises(DeadlineError, match="table of tensors"):
+    decode = loopback.worker("decode")
+    with loopback.new_transport("bare") as bare, pytest.raises(DeadlineError, match="table of tensors"):
         decode.endpoint.connect(bare.local.address, timeout_s=0.3)
 
 

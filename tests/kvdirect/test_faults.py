@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from experiments.kvdirect._fault_rounds import (
     MID_BATCH,
     STOP,
     Outcome,
+    Round,
     case_of,
     make_plan,
 )
@@ -125,6 +127,18 @@ def test_a_broken_rule_is_noticed(
     text = str(caught.value)
     assert re.search(complaint, text, re.DOTALL), text
     assert re.search(rf"seed={SEED} settings.first_round=\d+ settings.num_rounds=1", text)
+
+
+def test_a_round_that_hangs_says_how_to_play_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(_: Round) -> None:
+        raise DeadlineError("command 'transfer' of worker 'i0' did not end in time")
+
+    limits = fault_rounds.limits_of(fault_rounds.Config())
+    plan = make_plan(3, 41, limits, holders=("h0", "h1"), initiators=("i0", "i1"))
+    fleet = SimpleNamespace(uses_tcp=lambda initiator: False)
+    monkeypatch.setattr(Round, "_prepare", hang)
+    with pytest.raises(TransportError, match=r"(?s)round 41 of seed 3.*'i0' did not end.*seed=3 .*first_round=41 "):
+        Round(plan, fleet, limits).run()  # type: ignore[arg-type]
 
 
 def ticket(**changes: object) -> Ticket:

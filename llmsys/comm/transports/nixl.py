@@ -213,6 +213,12 @@ class NixlTransport(PythonTransport):
             link = self._links.pop(peer.peer_id)
         link.close()
 
+    def connect(self, address: str, *, timeout_s: float | None = None) -> Peer:
+        peer = super().connect(address, timeout_s=timeout_s)
+        # The peer takes us for connected only when it has read our probe too; heartbeats come after that.
+        self._control.wait_alive(peer)
+        return peer
+
     def _link(self, peer: Peer) -> NixlLink:
         with self._links_lock:
             link = self._links.get(peer.peer_id)

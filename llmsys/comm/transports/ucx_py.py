@@ -169,6 +169,12 @@ class UcxPyTransport(PythonTransport):
         with self._lock:
             self._links[peer.peer_id] = link
 
+    def connect(self, address: str, *, timeout_s: float | None = None) -> Peer:
+        peer = super().connect(address, timeout_s=timeout_s)
+        # The peer takes us for connected only when it has read our probe too; heartbeats come after that.
+        self._control.wait_alive(peer)
+        return peer
+
     def _link(self, peer: Peer) -> _Link:
         with self._lock:
             link = self._links.get(peer.peer_id)

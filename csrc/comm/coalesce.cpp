@@ -24,11 +24,19 @@ struct Keyed {
 // What one look at the entries tells about their destinations, empty entries aside.
 struct Survey {
     bool sorted = true;
+    bool equal_lengths = true;
     std::size_t count = 0;
     std::int64_t low = 0;
     std::int64_t high = 0;
+    std::int64_t length = 0;  // of the first
     std::uint64_t differing_bits = 0;
+
+    // Keys of a sort: destination = low + (key << shift()), of key_bits() bits.
+    int shift() const { return differing_bits == 0 ? 0 : std::countr_zero(differing_bits); }
+    int key_bits() const { return std::bit_width(static_cast<std::uint64_t>(high - low) >> shift()); }
 };
+
+constexpr int kMaxKeyBits = 32;
 
 Survey survey(const Entries& entries, const std::int64_t* destination) {
     Survey found;
@@ -36,7 +44,11 @@ Survey survey(const Entries& entries, const std::int64_t* destination) {
     for (std::int64_t i = entries.begin; i < entries.end; ++i) {
         if (entries.length[i] == 0) continue;
         const std::int64_t value = destination[i];
-        if (found.count == 0) first = found.low = found.high = value;
+        if (found.count == 0) {
+            first = found.low = found.high = value;
+            found.length = entries.length[i];
+        }
+        found.equal_lengths = found.equal_lengths && entries.length[i] == found.length;
         found.low = std::min(found.low, value);
         found.high = std::max(found.high, value);
         found.differing_bits |= static_cast<std::uint64_t>(value ^ first);
@@ -50,8 +62,7 @@ Survey survey(const Entries& entries, const std::int64_t* destination) {
 // Indices of the entries that are not empty, by destination. A radix sort, because lists of blocks are long, and a
 // cheap one, because offsets of blocks are multiples of their size in one region: few bits differ.
 std::vector<Keyed> by_destination(const Entries& entries, const std::int64_t* destination, const Survey& found) {
-    const int shift = found.differing_bits == 0 ? 0 : std::countr_zero(found.differing_bits);
-    const int num_bits = std::bit_width(static_cast<std::uint64_t>(found.high - found.low) >> shift);
+    const int shift = found.shift(), num_bits = found.key_bits();
     std::vector<Keyed> from;
     from.reserve(found.count);
     for (std::int64_t i = entries.begin; i < entries.end; ++i) {
@@ -59,7 +70,7 @@ std::vector<Keyed> by_destination(const Entries& entries, const std::int64_t* de
         from.push_back({static_cast<std::uint32_t>((destination[i] - found.low) >> shift),
                         static_cast<std::uint32_t>(i - entries.begin)});
     }
-    if (num_bits > 32) {
+    if (num_bits > kMaxKeyBits) {
         std::stable_sort(from.begin(), from.end(), [&](const Keyed& a, const Keyed& b) {
             return destination[entries.begin + a.index] < destination[entries.begin + b.index];
         });
@@ -79,6 +90,14 @@ std::vector<Keyed> by_destination(const Entries& entries, const std::int64_t* de
 
 Segment entry(const Entries& entries, std::int64_t i) {
     return {entries.local[i], entries.remote[i], entries.length[i]};
+}
+
+// The same by what the sort knows: in a long list each look at an array, in sorted order, is a miss of the cache.
+Segment sorted_entry(const Entries& entries, const Survey& found, const Keyed& item, bool write) {
+    const std::int64_t i = entries.begin + item.index;
+    const std::int64_t destination = found.low + (static_cast<std::int64_t>(item.key) << found.shift());
+    const std::int64_t length = found.equal_lengths ? found.length : entries.length[i];
+    return write ? Segment{entries.local[i], destination, length} : Segment{destination, entries.remote[i], length};
 }
 
 // Adds a segment that lies behind all others; joins it to the last where they touch on both sides.
@@ -105,22 +124,27 @@ Segments make_segments(const Entries& entries, bool write, bool merge) {
     result.items.reserve(found.count);
     result.destination_begin = found.low;
     std::int64_t end = 0, last = -1;
-    const auto visit = [&](std::int64_t i) {
-        LLMSYS_CHECK(destination[i] >= end,
-                     "entries " << last << " and " << i << " of a batch have " << (write ? "remote" : "local")
-                                << " bytes in common: " << destination[std::max<std::int64_t>(last, 0)] << " to " << end
-                                << " and " << destination[i] << " to " << destination[i] + entries.length[i]);
-        end = destination[i] + entries.length[i];
+    const auto visit = [&](std::int64_t i, const Segment& segment) {
+        const std::int64_t begin = write ? segment.remote : segment.local;
+        LLMSYS_CHECK(begin >= end, "entries "
+                                       << last << " and " << i << " of a batch have " << (write ? "remote" : "local")
+                                       << " bytes in common: " << destination[std::max<std::int64_t>(last, 0)] << " to "
+                                       << end << " and " << begin << " to " << begin + segment.length);
+        end = begin + segment.length;
         last = i;
-        result.size_bytes += entries.length[i];
-        if (merge) append(result.items, entry(entries, i));
+        result.size_bytes += segment.length;
+        if (merge) append(result.items, segment);
     };
     if (found.sorted) {
         for (std::int64_t i = entries.begin; i < entries.end; ++i) {
-            if (entries.length[i] != 0) visit(i);
+            if (entries.length[i] != 0) visit(i, entry(entries, i));
         }
     } else {
-        for (const Keyed& item : by_destination(entries, destination, found)) visit(entries.begin + item.index);
+        const bool by_key = found.key_bits() <= kMaxKeyBits;
+        for (const Keyed& item : by_destination(entries, destination, found)) {
+            const std::int64_t i = entries.begin + item.index;
+            visit(i, by_key ? sorted_entry(entries, found, item, write) : entry(entries, i));
+        }
     }
     result.destination_end = end;
     for (std::int64_t i = entries.begin; i < entries.end && !merge; ++i) {

@@ -165,11 +165,12 @@ def transfer(
     holder: Worker, initiator: Worker, request_id: str, num_blocks: int, access: Access = Access.READ, seed: int = 1
 ) -> None:
     """A whole request, checked at both ends; afterwards all blocks are free."""
+    # First of all: a hold for a connection that is just ending, of which the holder does not know, ends with it.
+    connection = initiator.connect(holder)
     ticket, theirs, values = holder.hold(request_id, initiator, num_blocks, access=access, seed=seed)
     mine = initiator.pool.allocate(num_blocks)
     if access is Access.WRITE:
         values = initiator.fill(mine, seed + 1)
-    connection = initiator.connect(holder)
     initiator.endpoint.transfer(connection, ["kv"], ticket, mine)
     initiator.endpoint.complete(connection, ticket).wait(WAIT_S)
     assert np.array_equal(holder.read(theirs) if access is Access.WRITE else initiator.read(mine), values)

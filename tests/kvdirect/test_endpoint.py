@@ -42,6 +42,17 @@ def test_pull(job: Job) -> None:
     assert prefill.heard.of("ended") == [("r", Outcome.COMPLETED)]
 
 
+def test_a_ticket_that_was_made_before_the_peer_is_there(job: Job) -> None:
+    prefill = job.worker("prefill")
+    ticket, _, values = prefill.hold("r", "decode", 5)
+    decode = job.worker("decode")
+    mine = decode.pool.allocate(5)
+    connection = decode.endpoint.connect(ticket.address, timeout_s=WAIT_S)
+    decode.endpoint.transfer(connection, ["kv"], ticket, mine)
+    decode.endpoint.complete(connection, ticket).wait(WAIT_S)
+    assert np.array_equal(decode.read(mine), values)
+
+
 def test_push(job: Job) -> None:
     decode, prefill, connection = job.pair()
     ticket, blocks, _ = decode.hold("r", prefill, 4, access=WRITE)

@@ -8,6 +8,7 @@ nothing of the peer's process; UCX over TCP needs its progress thread, which nev
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -104,6 +105,8 @@ class UcxTransport(Transport):
         self._events = threading.Thread(target=self._deliver, name="llmsys-ucx-events", daemon=True)
         self._events.start()
         self._listener.start()
+        # The event thread waits in native code, and Python cannot end such a thread: it must have ended before.
+        atexit.register(self.close)
 
     @classmethod
     def available(cls) -> str | None:

@@ -115,6 +115,8 @@ def pack_copies(
         begin = begins[key]
         rows.append((group.local.region_id, group.remote.remote_id, begin, begin + len(group.lengths)))
     groups = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    if len(parts) == 1:
+        return groups, parts[0].local_offsets, parts[0].remote_offsets, parts[0].lengths
     empty = [np.empty(0, dtype=np.int64)]
     local, remote, lengths = (
         np.concatenate([getattr(part, name) for part in parts] or empty)

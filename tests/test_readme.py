@@ -17,7 +17,14 @@ from llmsys.comm.transports import available_transports
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmsys" / "dynapipe"
-DOCUMENTS = (ROOT / "README.md", PACKAGE / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md")
+KVDIRECT = ROOT / "llmsys" / "kvdirect"
+DOCUMENTS = (
+    ROOT / "README.md",
+    PACKAGE / "README.md",
+    KVDIRECT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+)
 READMES = DOCUMENTS[:2]
 
 # `file`: `symbol`, `symbol`
@@ -125,7 +132,7 @@ def test_files_exist(document: Path) -> None:
     """Paths in backquotes; those of a README are relative to it or to the repository."""
     named = re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|cpp|h|yaml|ipynb|toml|lock|pyi|md))`", document.read_text())
     made = {"report.md"}  # by a run
-    bases = (document.parent, ROOT, ROOT / "experiments", PACKAGE)
+    bases = (document.parent, ROOT, ROOT / "experiments", PACKAGE, ROOT / "llmsys" / "comm" / "transports")
     missing = [name for name in named if name not in made and not any((base / name).exists() for base in bases)]
     assert not missing
 
@@ -139,10 +146,11 @@ def _defines(path: Path, symbol: str) -> bool:
     return re.search(pattern, path.read_text(), re.MULTILINE) is not None
 
 
-def test_symbols_are_where_the_table_says() -> None:
-    references = _REFERENCE.findall((PACKAGE / "README.md").read_text())
+@pytest.mark.parametrize("package", [PACKAGE, KVDIRECT], ids=lambda package: package.name)
+def test_symbols_are_where_the_table_says(package: Path) -> None:
+    references = _REFERENCE.findall((package / "README.md").read_text())
     assert len(references) > 20
     for file, symbols in references:
-        path = (ROOT if file.startswith(("csrc/", "tests/")) else PACKAGE) / file
+        path = (ROOT if file.startswith(("csrc/", "tests/", "llmsys/")) else package) / file
         for symbol in re.findall(r"`(\w+)`", symbols):
             assert _defines(path, symbol), f"{file}: {symbol}"

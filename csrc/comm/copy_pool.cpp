@@ -23,7 +23,7 @@ bool spin_until(const Condition& condition) {
 
 }  // namespace
 
-CopyPool::~CopyPool() {
+void CopyPool::stop() {
     {
         const std::lock_guard lock(mutex_);
         stopping_ = true;
@@ -31,6 +31,7 @@ CopyPool::~CopyPool() {
     }
     started_.notify_all();
     for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
 }
 
 void CopyPool::run(int num_parts, const std::function<void(int)>& part) {

@@ -14,7 +14,7 @@ namespace llmsys::comm {
 class CopyPool {
   public:
     explicit CopyPool(int num_threads) : num_threads_(num_threads) {}
-    ~CopyPool();
+    ~CopyPool() { stop(); }
     CopyPool(const CopyPool&) = delete;
     CopyPool& operator=(const CopyPool&) = delete;
 
@@ -23,6 +23,8 @@ class CopyPool {
     // Calls part(0), ..., part(num_parts - 1) at the same time, part(0) here, and returns when all have. `part` must
     // not throw. num_parts <= num_threads. One caller at a time.
     void run(int num_parts, const std::function<void(int)>& part);
+    // Ends the threads; `run` must not be called any more. Any number of times.
+    void stop();
 
   private:
     void work(int index);

@@ -82,7 +82,7 @@ void CopySlice::run_part(Part& part, const Probe* target, bool write, const std:
     }
     if (part.vectored.empty()) return;
     const std::uint64_t calls_before = part.vectored.num_calls();
-    part.error = part.vectored.run(*target, write);
+    part.error = part.vectored.run(*target, write, may_write);
     part.num_operations += static_cast<std::int64_t>(part.vectored.num_calls() - calls_before);
 }
 

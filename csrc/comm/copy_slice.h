@@ -26,6 +26,8 @@ class CopySlice {
     // Copies everything. Returns 0 or an errno: see VectoredCopy::run; ETIME where `may_write` said no before a write
     // to mapped memory, and then some of the slice was not copied. target: for vectored copies.
     int run(const Probe* target, bool write, const std::function<bool()>& may_write);
+    // Ends the threads that help; no `run` afterwards.
+    void stop() { pool_.stop(); }
     // System calls and copies of the last run.
     std::int64_t num_operations() const;
 

@@ -12,6 +12,8 @@ namespace {
 
 // A call moves at most MAX_RW_COUNT bytes, a little less than 2 GiB, and reports a longer one as short.
 constexpr std::size_t kMaxBytes = std::size_t{1} << 30;
+// A process that is stopped before a call makes that call when it goes on, whatever has become of its lease.
+constexpr std::size_t kMaxWriteBytes = std::size_t{256} << 10;
 
 iovec* as_iovec(void* vectors) { return static_cast<iovec*>(vectors); }
 
@@ -36,7 +38,7 @@ bool VectoredCopy::add(std::uint64_t local, std::uint64_t remote, std::size_t le
     return true;
 }
 
-int VectoredCopy::run(const Probe& target, bool write) {
+int VectoredCopy::run(const Probe& target, bool write, const std::function<bool()>& may_write) {
     // A read proves with its last bytes whose memory it was. A write cannot, so it asks before: the pid may have been
     // given to another process, which must not be written to.
     if (write) {
@@ -53,13 +55,24 @@ int VectoredCopy::run(const Probe& target, bool write) {
     }
     std::size_t first = 0;
     while (left > 0) {
+        std::size_t n = count - first;
+        std::uint64_t cut = 0;  // bytes of the last vector that are left for the next call
+        if (write) {
+            std::uint64_t sum = local_[first].length;
+            for (n = 1; sum < kMaxWriteBytes && first + n < count; ++n) sum += local_[first + n].length;
+            cut = sum > kMaxWriteBytes ? sum - kMaxWriteBytes : 0;
+            if (!may_write()) return ETIME;
+        }
         iovec* local = as_iovec(&local_[first]);
         iovec* remote = as_iovec(&remote_[first]);
-        const std::size_t n = count - first;
         ++num_calls_;
+        // As many bytes move as the shorter side has.
+        local_[first + n - 1].length -= cut;
         const ssize_t moved = write ? process_vm_writev(target.pid, local, n, remote, n, 0)
                                     : process_vm_readv(target.pid, local, n, remote, n, 0);
-        if (moved < 0) return errno;
+        const int error = errno;
+        local_[first + n - 1].length += cut;
+        if (moved < 0) return error;
         if (moved == 0) return EFAULT;
         // Short: it stopped at an address that is not mapped, or at a limit. Go on from there and learn which.
         left -= static_cast<std::size_t>(moved);

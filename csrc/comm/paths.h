@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 namespace llmsys::comm {
@@ -36,8 +37,9 @@ class VectoredCopy {
     bool empty() const { return count_ == 0; }
 
     // Copies everything, in as many system calls as it takes, and makes sure that it was the process with that nonce.
-    // Returns 0 or an errno; ESRCH also where another process has taken the pid.
-    int run(const Probe& target, bool write);
+    // Returns 0 or an errno; ESRCH also where another process has taken the pid. A write is made in short calls and
+    // asks `may_write` before each: ETIME where it said no, and then some was not copied.
+    int run(const Probe& target, bool write, const std::function<bool()>& may_write);
     std::uint64_t num_calls() const { return num_calls_; }
 
   private:

@@ -50,7 +50,11 @@ Descriptor::Descriptor(int fd) : fd_(fd) {
     if (fd < 0) throw std::runtime_error(std::string("no file descriptor: ") + strerror(errno));
 }
 
-Descriptor::~Descriptor() { ::close(fd_); }
+Descriptor::~Descriptor() { close(); }
+
+void Descriptor::close() {
+    if (fd_ >= 0) ::close(std::exchange(fd_, -1));
+}
 
 Progress::Progress(UcxContext& context, EngineOptions options, Registry& registry, std::shared_ptr<EventQueue> events)
     : context_(context),
@@ -152,6 +156,10 @@ bool Progress::close(std::chrono::nanoseconds timeout) {
     std::unique_lock lock(join_mutex_);
     if (!joinable_.wait_until(lock, deadline, [this] { return finished_; })) return false;
     if (thread_.joinable()) thread_.join();
+    copies_.stop();
+    // Nothing wakes a thread that takes no more items.
+    epoll_.close();
+    wakeup_.close();
     return true;
 }
 

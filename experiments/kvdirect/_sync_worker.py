@@ -6,10 +6,11 @@ end, so that what no step accounts for can be seen.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from experiments.kvdirect._nursery import Channel, Progress
 from experiments.kvdirect._worker_settings import PACKED, PYTHON, TARGET
 from llmsys.comm.transports.base import TransportConfig
 from llmsys.comm.transports.gloo_pair import Blocks as MessageBlocks
-from llmsys.comm.transports.gloo_pair import GlooPair, TCPStore, pack_blocks, unpack_blocks
+from llmsys.comm.transports.gloo_pair import GlooPair, pack_blocks, unpack_blocks
 from llmsys.comm.transports.ucx import UcxOptions, UcxTransport
 from llmsys.kvdirect.blocks import BlockPool
 from llmsys.kvdirect.runtime import KvEndpoint
@@ -80,9 +81,18 @@ class SyncWorker:
     def start_messages(
         self, progress: Progress, *, rank: int, port: int, num_blocks: int, block_bytes: int, request_blocks: int
     ) -> None:
-        """Joins the other side; rank TARGET keeps the store by which they find each other."""
-        store = TCPStore("127.0.0.1", port, 2, rank == TARGET, timedelta(seconds=TIMEOUT_S), wait_for_workers=False)
-        self._pair = GlooPair(store, rank, "127.0.0.1", join_s=TIMEOUT_S, stall_s=TIMEOUT_S)
+        """Joins the other side; TARGET listens at `port` for the INITIATOR to tell each other their addresses."""
+        where = ("127.0.0.1", port)
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(connection.Listener(where)) if rank == TARGET else None
+            progress.reached("listening")
+
+            def swap(own: bytes) -> bytes:
+                with listener.accept() if listener else connection.Client(where) as other:
+                    other.send_bytes(own)
+                    return other.recv_bytes()
+
+            self._pair = GlooPair(rank, swap, host=where[0], stall_s=TIMEOUT_S)
         self._block_bytes = block_bytes
         self._cache = np.zeros(num_blocks * block_bytes, dtype=np.uint8)
         self._staging = np.zeros(request_blocks * block_bytes, dtype=np.uint8)

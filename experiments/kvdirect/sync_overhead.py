@@ -131,10 +131,11 @@ class _Bench:
         shape = {"num_blocks": cfg.num_blocks, "block_bytes": cfg.block_bytes}
         self._message_pair = [self._nursery.spawn(f"messages-{side}") for side in ("target", "initiator")]
         port = free_port()
-        calls = [
-            worker.call("start_messages", rank=rank, port=port, request_blocks=cfg.request_blocks, **shape)
-            for rank, worker in zip((TARGET, INITIATOR), self._message_pair, strict=True)
-        ]
+        calls = []
+        for rank, worker in zip((TARGET, INITIATOR), self._message_pair, strict=True):
+            call = worker.call("start_messages", rank=rank, port=port, request_blocks=cfg.request_blocks, **shape)
+            call.wait_stage("listening", START_TIMEOUT_S)
+            calls.append(call)
         for call in calls:
             call.result(START_TIMEOUT_S)
         library = find_ucx_library().path

@@ -25,7 +25,11 @@ from tests.comm.endpoint import (
 )
 
 
-@pytest.fixture(scope="module", params=list(CLASSES))
+# Sanitizers run what is native.
+_NAMES = [pytest.param(name, marks=pytest.mark.native) if name == "ucx" else name for name in CLASSES]
+
+
+@pytest.fixture(scope="module", params=_NAMES)
 def transport_name(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name in TRANSPORTS:

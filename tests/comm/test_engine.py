@@ -44,7 +44,7 @@ def path(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def link(path: str) -> Iterator[Link]:
-    with linked(path) as made:
+    with linked(path, num_copy_threads=3) as made:
         yield made
 
 

@@ -113,7 +113,7 @@ def test_operations_in_flight_are_drained(what: str) -> None:
             memory = Memory(engine, region, local)
             batch = post(engine, False, child.peer, memory, child.remote, BLOCKS, False)
             wait_started(batch)
-            assert engine.peer_state(child.peer)["num_outstanding"] > 100
+            assert engine.peer_state(child.peer)["num_outstanding"] > 0
             if what == "kill":
                 child.signal(signal.SIGKILL)
             elif what == "remove":

@@ -20,6 +20,7 @@ Every transport keeps it, and `tests/comm/test_conformance.py` checks every one 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -233,7 +234,7 @@ class Request(ABC):
                 future.set_exception(error) if error else future.set_result(None)
 
         def hand_over(request: Request) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody awaits any more
                 loop.call_soon_threadsafe(resolve, request)
 
         self.add_done_callback(hand_over)

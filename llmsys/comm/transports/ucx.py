@@ -14,7 +14,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llmsys import _C
@@ -88,6 +89,7 @@ class UcxTransport(Transport):
         self._table = PeerTable(lambda: self._local)
         self._watched: dict[int, UcxRequest] = {}
         self._queue = EventQueue()
+        self._own_events: deque[Callable[[PeerEvents], None]] = deque()
         self._closed = False
         name, generation = new_identity(self._config)
         self._host_id = host_id()
@@ -315,7 +317,8 @@ class UcxTransport(Transport):
         with contextlib.suppress(ValueError, RuntimeError):  # it was lost meanwhile, or all was closed
             self._engine.remove_peer(peer.peer_id)
         if announced:
-            self._queue.put(lambda events: events.peer_lost(peer, "disconnected here", True))
+            self._own_events.append(lambda events: events.peer_lost(peer, "disconnected here", True))
+            self._engine.wake()
 
     def _forget(self, peer_id: int, reason: str) -> bool:
         """Takes a peer off the lists; whether it had been announced. With the lock held."""
@@ -383,7 +386,9 @@ class UcxTransport(Transport):
             event = self._engine.next_event(1.0)
             if event is not None:
                 self._dispatch(event)
-            elif self._closed:
+            while self._own_events:
+                self._queue.put(self._own_events.popleft())
+            if event is None and self._closed:
                 return
 
     def _dispatch(self, event: _C.Event) -> None:
@@ -401,8 +406,12 @@ class UcxTransport(Transport):
             if event[0] == "established":
                 self._established.add(peer_id)
                 self._lock.notify_all()
-            if event[0] == "lost" and not self._forget(peer_id, event[2]):
-                return
+            announced = event[0] != "lost" or self._forget(peer_id, event[2])
+        if event[0] == "lost":
+            with contextlib.suppress(ValueError, RuntimeError):  # disconnected meanwhile, or all is closed
+                self._engine.remove_peer(peer_id)
+        if not announced:
+            return
         if event[0] == "established":
             self._queue.put(lambda events: events.peer_joined(peer))
         elif event[0] == "lost":

@@ -35,11 +35,14 @@ class Dialler:
             with self._lock:
                 self._check()
                 connection = self._alive.get(address)
-                if connection is not None:
-                    return connection
                 dial = self._dialling.get(address)
-                if dial is None:
+                if connection is None and dial is None:
                     mine = self._dialling[address] = Future()
+            if connection is not None:
+                if connection.peer in self._transport.peers():
+                    return connection
+                self.drop(connection.peer, "its end is known to the transport, and about to be reported")
+                continue
             if dial is None:
                 return self._dial(address, deadline_s, mine)
             try:

@@ -24,7 +24,6 @@ from tests.comm.endpoint import (
     running_target,
 )
 
-
 # Sanitizers run what is native.
 _NAMES = [pytest.param(name, marks=pytest.mark.native) if name == "ucx" else name for name in CLASSES]
 

@@ -70,6 +70,7 @@ struct Peer {
     std::int64_t num_operations = 0;  // gets and puts in flight
     std::int64_t num_sends = 0;       // active messages in flight
     bool flushing = false;
+    std::int64_t close_at_ns = 0;  // when an ending closes the endpoint, if UCX gives it up no sooner
     void* close_request = nullptr;
     std::string endpoint_error;  // set by UCX's callback, acted upon by the loop
     std::int64_t endpoint_failed_ns = 0;

@@ -122,6 +122,7 @@ class Progress {
     void send_heartbeats();
     void check_peer(Peer& peer, std::int64_t now_ns);
     void begin_ending(Peer& peer, Ending ending, const std::string& reason);
+    void close_endpoint(Peer& peer);
     void complete_ending(Peer& peer);
     void fail_transaction(Peer& peer, std::unique_ptr<Transaction> transaction);
     Peer& peer(std::int64_t id);

@@ -15,6 +15,9 @@ namespace {
 
 // UCX may notice the end of a connection before its goodbye has been read: wait a moment for the better reason.
 constexpr std::int64_t kGraceNs = 100'000'000;
+// How long UCX has to find out by itself that a connection it is still making will not come about. Taking one down in
+// the middle of that crashed UCX 1.22 once in some thousand killed peers.
+constexpr std::int64_t kConnectGraceNs = 200'000'000;
 // How often an ending that waits for UCX is looked at, besides UCX's own events.
 constexpr std::int64_t kDrainCheckNs = 5'000'000;
 
@@ -172,17 +175,28 @@ void Progress::begin_ending(Peer& ended, Ending ending, const std::string& reaso
     ended.reason = reason;
     epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, ended.socket.fd(), nullptr);
     by_token_.erase(ended.arguments.token_in);
+    // Nothing can be in flight on a connection that is still being made.
+    const bool wait = ended.state == PeerState::connecting && ended.endpoint_error.empty();
+    ended.close_at_ns = wait ? boottime_ns() + kConnectGraceNs : 0;
+    if (!wait) close_endpoint(ended);
+    next_check_ns_ = 0;
+}
+
+void Progress::close_endpoint(Peer& ended) {
     ucp_request_param_t param{};
     param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     param.flags = UCP_EP_CLOSE_FLAG_FORCE;
     void* closing = ucx_.ucp_ep_close_nbx(ended.endpoint, &param);
     ended.endpoint = nullptr;
     if (UCS_PTR_IS_PTR(closing)) ended.close_request = closing;
-    next_check_ns_ = 0;
 }
 
 void Progress::complete_ending(Peer& ended) {
     if (ended.gone) return;
+    if (ended.endpoint != nullptr) {
+        if (ended.endpoint_error.empty() && boottime_ns() < ended.close_at_ns) return;
+        close_endpoint(ended);
+    }
     if (ended.close_request != nullptr) {
         if (ucx_.ucp_request_check_status(ended.close_request) == UCS_INPROGRESS) return;
         ucx_.ucp_request_free(std::exchange(ended.close_request, nullptr));

@@ -11,6 +11,7 @@ process that is continued after its peers gave it up in the middle of a transfer
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -23,7 +24,7 @@ import numpy as np
 
 from llmsys.comm.bootstrap import Hello
 from llmsys.comm.transports.base import Capabilities, Peer, Region, RemoteRegion, TransportConfig
-from llmsys.comm.transports.batch_parts import parts_of
+from llmsys.comm.transports.batch_parts import parts_of, wait_for_verdict
 from llmsys.comm.transports.memory import Batch
 from llmsys.comm.transports.nixl_link import PACKAGES, NixlLink, NixlTarget, find_nixl
 from llmsys.comm.transports.peer_table import lost_error
@@ -263,7 +264,13 @@ class NixlTransport(PythonTransport):
 
     def _execute(self, peer: Peer, batch: Batch, check: Callable[[], None]) -> None:
         link = self._link(peer)
-        with link.using(tuple({group.local.region_id: group.local for group in batch.groups}.values())):
+        regions = tuple({group.local.region_id: group.local for group in batch.groups}.values())
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(link.using(regions))
+            except TransportError:
+                wait_for_verdict(check)  # an agent that was made anew finds nobody where the peer has died
+                raise
             for part in parts_of(batch, max_bytes=self._options.slice_bytes, max_entries=_MAX_ENTRIES):
                 check()
                 link.transfer(part, write=batch.write, check=check)

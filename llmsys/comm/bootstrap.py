@@ -29,6 +29,7 @@ from llmsys.comm.transports.base import TransportConfig
 from llmsys.core.errors import ConfigError, DeadlineError, InputError, LlmsysError, TransportError
 
 __all__ = [
+    "SECRET_VARIABLE",
     "Hello",
     "Listener",
     "RefusedError",

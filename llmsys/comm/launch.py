@@ -24,12 +24,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import IO, Any, TypeVar
 
+from llmsys.comm.bootstrap import SECRET_VARIABLE
 from llmsys.comm.rank_process import DUMP_SIGNAL, Job, ModuleSource, Report
 from llmsys.core.errors import ConfigError, DeadlineError, InputError, LlmsysError
 
 T = TypeVar("T")
 
-SECRET_VARIABLE = "LLMSYS_JOB_SECRET"
 _LOOPBACK = "127.0.0.1"
 _GRACE_S = 3.0  # from the polite signal to the one that cannot be refused
 _SETTLE_S = 0.3  # after a failure, for reports under way: the first to arrive need not be the first to have failed

@@ -241,7 +241,7 @@ class Engine:
         A peer that is not heard for ``lease_s`` is lost. ``slice_bytes``: most that is done for one peer before
         others are looked at, by each copying thread. ``window``: UCX operations in flight for one peer.
         ``num_copy_threads`` share copies within the host, the progress thread included. ``huge_pages``: ask the kernel
-        to put registered memory that is in use into huge pages, which takes some 0.1 s a GiB at registration.
+        to put registered memory that is in use into huge pages, which takes 0.4 s a GiB or more at registration.
         ``test_slice_delay_us`` sleeps after
         each slice, so that tests can act in the middle of a batch.
         """

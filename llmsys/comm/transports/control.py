@@ -31,7 +31,6 @@ from llmsys.comm.transports.peer_table import PeerTable, closed_error, lost_erro
 from llmsys.comm.transports.requests import EventThread
 from llmsys.core.errors import (
     DeadlineError,
-    InputError,
     LeaseExpiredError,
     LlmsysError,
     TransportError,
@@ -114,13 +113,6 @@ class ControlPlane:
 
     def connect(self, address: str, *, timeout_s: float | None = None) -> Peer:
         """See `Transport.connect`."""
-        if address == self.local.address:
-            raise InputError(
-                "an endpoint cannot connect to itself",
-                expected="another endpoint's address",
-                found=address,
-                fix="copy within a process without a transport",
-            )
         timeout_s = self._config.connect_timeout_s if timeout_s is None else timeout_s
         return self._table.connect(address, timeout_s=timeout_s, dial=lambda left_s: self._dial(address, left_s))
 

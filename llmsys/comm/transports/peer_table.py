@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from llmsys.comm.bootstrap import Hello, RefusedError
 from llmsys.comm.transports.base import Peer
-from llmsys.core.errors import DeadlineError, PeerLostError, TransportError
+from llmsys.core.errors import DeadlineError, InputError, PeerLostError, TransportError
 
 # What a refusal's reason begins with; the refusing endpoint's address follows.
 _CONNECTED, _CONNECTING = "connected", "connecting"
@@ -39,6 +39,13 @@ class PeerTable:
 
     def connect(self, address: str, *, timeout_s: float, dial: Callable[[float], Peer]) -> Peer:
         """The peer that is or will be at `address`, by `dial(remaining_s)`, which ends with `add`, if need be."""
+        if address == self._own().address:
+            raise InputError(
+                "an endpoint cannot connect to itself",
+                expected="another endpoint's address",
+                found=address,
+                fix="copy within a process without a transport",
+            )
         deadline = time.monotonic() + timeout_s
         wanted = address
         while True:

@@ -15,11 +15,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmsys import _C
-from llmsys.core.errors import DeadlineError, DescriptorError, PeerLostError, TransportError
+from llmsys.core.errors import DeadlineError, DescriptorError, InputError, PeerLostError, TransportError
 
 from ..bootstrap import Hello, Listener, Session, dial, host_id, job_secret, new_identity
 from .base import (
@@ -187,11 +187,12 @@ class UcxTransport(Transport):
     def import_region(
         self, peer: Peer, *, address: int, size_bytes: int, device: str, remote_key: bytes
     ) -> RemoteRegion:
-        self._check_alive(peer, "import a region")
         kind = device.partition(":")[0]
         try:
-            remote_id = self._engine.import_remote(peer.peer_id, remote_key, address, size_bytes, kind)
-        except RuntimeError as error:  # it was lost after the check above
+            with self._alive(peer, "import a region"):
+                remote_id = self._engine.import_remote(peer.peer_id, remote_key, address, size_bytes, kind)
+                path = self._engine.remote_path(remote_id)
+        except RuntimeError as error:  # lost, and its event is still on the way
             raise PeerLostError(
                 f"a region of {peer} cannot be imported",
                 expected="a peer that is connected",
@@ -211,15 +212,22 @@ class UcxTransport(Transport):
             address=address,
             size_bytes=size_bytes,
             device=device,
-            path=self._engine.remote_path(remote_id),
+            path=path,
         )
 
     def forget_region(self, remote: RemoteRegion) -> None:
-        with self._lock:
-            if remote.peer_id not in self._peers:
-                return
-        with input_errors("an imported region cannot be dropped"):
+        try:
             self._engine.drop_remote(remote.remote_id)
+        except ValueError as error:
+            with self._lock:
+                if remote.peer_id not in self._peers:
+                    return  # it went with its peer
+            raise InputError(
+                "an imported region cannot be dropped",
+                expected="one that no request uses",
+                found=str(error),
+                fix="wait for the requests that use it",
+            ) from error
 
     # -- peers -------------------------------------------------------------------------------------------------------
 
@@ -329,6 +337,16 @@ class UcxTransport(Transport):
         with self._lock:
             return tuple(peer for peer_id, peer in sorted(self._peers.items()) if peer_id in self._established)
 
+    @contextlib.contextmanager
+    def _alive(self, peer: Peer, operation: str) -> Iterator[None]:
+        """Around a call of the engine for a peer, which may be lost, and its ids forgotten, at any moment."""
+        self._check_alive(peer, operation)
+        try:
+            yield
+        except (ValueError, RuntimeError):
+            self._check_alive(peer, operation)
+            raise
+
     def _check_alive(self, peer: Peer, operation: str) -> None:
         with self._lock:
             if self._closed:
@@ -351,17 +369,16 @@ class UcxTransport(Transport):
         return self._post(True, peer, copies, coalesce)
 
     def _post(self, write: bool, peer: Peer, copies: Sequence[Copies], coalesce: bool) -> Request:
-        self._check_alive(peer, "write" if write else "read")
+        operation = "write" if write else "read"
+        self._check_alive(peer, operation)
         check_copies(copies, peer)
         groups, local_offsets, remote_offsets, lengths = pack_copies(copies)
-        word = "write to" if write else "read from"
-        with input_errors(f"a {word.split()[0]} was refused before any byte moved"):
+        with input_errors(f"a {operation} was refused before any byte moved"), self._alive(peer, operation):
             native = self._engine.post(write, peer.peer_id, groups, local_offsets, remote_offsets, lengths, coalesce)
-        return UcxRequest(self._watch, native, f"{word} {peer}")
+        return UcxRequest(self._watch, native, f"{operation} {'to' if write else 'from'} {peer}")
 
     def notify(self, peer: Peer, payload: bytes) -> Request:
-        self._check_alive(peer, "notify")
-        with input_errors("a notification was refused"):
+        with input_errors("a notification was refused"), self._alive(peer, "notify"):
             native = self._engine.notify(peer.peer_id, payload)
         return UcxRequest(self._watch, native, f"notification of {peer}")
 

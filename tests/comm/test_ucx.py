@@ -1,9 +1,14 @@
-"""The UCX transport where a peer is lost in the middle of a call, and what it keeps of peers that are lost."""
+"""The UCX transport itself: a peer that is lost in the middle of a call, what is kept of it, and huge pages."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,3 +126,55 @@ def test_nothing_is_kept_of_a_peer_that_is_lost(two: Two) -> None:
     assert two.here.stats()["num_remotes"] == 1
     two.lose()
     assert two.here.stats()["num_peers"] == two.here.stats()["num_remotes"] == 0
+
+
+MEMORY_BYTES, HUGE_PAGE_BYTES = 32 << 20, 2 << 20
+MADV_COLLAPSE = 25  # Linux 6.1; not in the mmap module of this Python
+
+
+def smaps(address: int, field: str) -> int:
+    """Bytes of the kernel's account of the mapping that holds an address: "Rss", or "AnonHugePages"."""
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for mapping in filter(None, mappings):
+        begin, end = (int(part, 16) for part in mapping.split(" ", 1)[0].split("-"))
+        if begin <= address < end:
+            (kilobytes,) = re.findall(rf"(?m)^{field}: +(\d+) kB", mapping)
+            return int(kilobytes) << 10
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def private_memory() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    memory = mmap.mmap(-1, MEMORY_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def cannot_collapse() -> str:
+    """Why this kernel does not move memory into huge pages when it is asked directly, or nothing."""
+    memory = private_memory()
+    memory[:] = 1
+    begin = -(-memory.ctypes.data // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    libc = ctypes.CDLL(None, use_errno=True)
+    for advice in (mmap.MADV_HUGEPAGE, MADV_COLLAPSE):
+        if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(HUGE_PAGE_BYTES), advice):
+            return f"madvise({advice}): {os.strerror(ctypes.get_errno())}"
+    return ""
+
+
+def test_registered_memory_in_use_gets_huge_pages_and_keeps_its_content(two: Two) -> None:
+    if reason := cannot_collapse():
+        pytest.skip(reason)
+    memory = private_memory()
+    memory[:] = expected = np.random.default_rng(0).integers(0, 256, MEMORY_BYTES, dtype=np.uint8)
+    assert smaps(memory.ctypes.data, "AnonHugePages") == 0
+    region = two.here.register(memory.ctypes.data, MEMORY_BYTES, owner=memory)
+    assert smaps(memory.ctypes.data, "AnonHugePages") >= MEMORY_BYTES // 2
+    assert np.array_equal(memory, expected)
+    two.here.release(region)
+
+
+def test_registering_takes_no_memory_that_was_not_touched(two: Two) -> None:
+    memory = private_memory()
+    region = two.here.register(memory.ctypes.data, MEMORY_BYTES, owner=memory)
+    assert smaps(memory.ctypes.data, "Rss") == 0
+    two.here.release(region)

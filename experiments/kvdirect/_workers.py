@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -205,6 +206,10 @@ class Worker:
 
     def __init__(self, name: str, pid: int, connection: socket.socket, stderr_tail: Any) -> None:
         self.name, self.pid = name, pid
+        # Numbers of processes are used again, within minutes on a busy machine; this stays with the process.
+        self._process: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self._process = os.pidfd_open(pid)
         self.stderr_tail = stderr_tail
         self._connection = connection
         self._lock = threading.Condition()
@@ -269,25 +274,29 @@ class Worker:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
-        # Not after its end was seen: the number could be another process's by then.
         with contextlib.suppress(ProcessLookupError), self._lock:
-            if not self._ended:
-                os.kill(self.pid, number)
+            if self._process is not None:
+                signal.pidfd_send_signal(self._process, number)
 
     def join(self, timeout_s: float = 10.0) -> None:
-        """Waits until it has ended, and with it all that it had open; DeadlineError if it has not."""
+        """Waits until it has ended, with all that it had open; DeadlineError if it has not. One thread at a time."""
         deadline_s = time.monotonic() + timeout_s
         self._reader.join(timeout_s)
         # The end of its connection is not the end of the process: it may not have closed everything yet.
-        while _is_process(self.pid):
-            if time.monotonic() > deadline_s:
-                raise DeadlineError(
-                    f"worker {self.name!r} did not end in time",
-                    expected=f"the end of process {self.pid} within {timeout_s} s",
-                    found="that it still runs",
-                    fix="look at that process",
-                )
-            time.sleep(0.001)
+        if self._process is None:
+            return
+        waiting = select.poll()
+        waiting.register(self._process, select.POLLIN)
+        if not waiting.poll(1e3 * max(deadline_s - time.monotonic(), 0.0)):
+            raise DeadlineError(
+                f"worker {self.name!r} did not end in time",
+                expected=f"the end of process {self.pid} within {timeout_s} s",
+                found="that it still runs",
+                fix="look at that process",
+            )
+        with self._lock:
+            os.close(self._process)
+            self._process = None
 
     def _read(self) -> None:
         with contextlib.suppress(OSError), self._connection.makefile("rb") as lines:
@@ -312,14 +321,6 @@ class Worker:
             if "stage" not in message:
                 del self._calls[message["call"]]
         call.put(message)
-
-
-def _is_process(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -185,3 +186,17 @@ def test_a_worker_that_ends_or_fails_is_named(nursery: Nursery) -> None:
 def test_a_nursery_whose_module_is_broken_says_why() -> None:
     with pytest.raises(PeerLostError, match=r"(?s)could import its modules.*No module named 'experiments.nowhere'"):
         Nursery("experiments.nowhere")
+
+
+def test_a_process_that_got_the_number_of_an_ended_worker_is_left_alone(nursery: Nursery) -> None:
+    worker = nursery.spawn("short-lived")
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        worker.pid = bystander.pid  # as if the kernel had given the number out again
+        worker.kill()
+        worker.join(5.0)
+        worker.kill()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()

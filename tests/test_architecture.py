@@ -40,7 +40,8 @@ EXTRA_RANKS: dict[str, dict[str, float]] = {
     "dynapipe": {"data": 0, "profile": 0.5, "grid": 3}
     | dict.fromkeys(("ordering", "balance", "microbatch", "schedule", "communication"), 2.5),
     "kvdirect": {"blocks": 0.5, "layout": 0.5, "holds": 0.6, "messages": 0.7, "tickets": 0.7},
-    "lancet": {"passes": 4},
+    "lancet": {"graph": 0, "data": 0, "axes": 2.4, "pipeline": 2.5, "regions": 2.6, "partition": 2.7}
+    | {"labelling": 2.3, "assignment": 2.4, "memory": 2.3, "ordering": 2.8, "passes": 4, "backend": 5},
 }
 # The plan is all that a planner and its executors share. Order and lifetimes of transfers are part of what a
 # plan means, so executors may use `communication`.
@@ -54,7 +55,9 @@ TORCH_ALLOWED = (
     "llmsys.comm*",
     *(f"llmsys.{paper}.runtime*" for paper in PAPERS),
     "llmsys.lancet.passes*",
+    "llmsys.lancet.backend*",
     "experiments.kvdirect*",  # they measure a runtime
+    "experiments.lancet*",
 )
 EXPERIMENT_LIBRARIES = ("hydra", "omegaconf", "matplotlib", "pandas")
 FIGURE_CONTRACT = {"TITLE", "CLAIM", "Config", "run", "plot", "compare"}

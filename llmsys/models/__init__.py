@@ -1,4 +1,4 @@
-"""Models that runtimes execute: transformer, mixture of experts, checkpoint folders, megatron-core modules.
+"""Models that runtimes execute: transformer parts, mixture of experts, megatron-core modules, and text to train on.
 
-Not built yet.
+Checkpoint folders are not built yet.
 """

@@ -16,9 +16,9 @@ from typing import Any
 
 from experiments.environment import REPOSITORY
 from experiments.kvdirect._endpoint_process import EndpointSpec, Measured, Opened
-from experiments.kvdirect._link import LinkEnd
 from experiments.kvdirect._scatter import Pattern
 from experiments.kvdirect._systems import System
+from experiments.network import LinkEnd
 from llmsys.comm.bootstrap import SECRET_VARIABLE
 from llmsys.core.errors import DeadlineError, TransportError
 

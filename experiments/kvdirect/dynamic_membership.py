@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from experiments import style
-from experiments.kvdirect._link import DEVICE, limited_link
 from experiments.kvdirect._worker_settings import StreamSettings
 from experiments.kvdirect._workers import Call, Nursery, Worker, free_port
+from experiments.network import DEVICE, limited_link
 from experiments.record import Comparison, Row, RunContext, require_positive
 from llmsys.comm.transports.ucx_library import find_ucx_library
 from llmsys.core.errors import ConfigError, InputError, TransportError

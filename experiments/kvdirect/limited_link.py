@@ -11,7 +11,6 @@ import pandas as pd
 from matplotlib.ticker import NullLocator
 
 from experiments import style
-from experiments.kvdirect._link import DEVICE, Link, limited_link
 from experiments.kvdirect._pairs import Pair, open_pairs, rotated
 from experiments.kvdirect._rows import check_ours_present, shared_columns
 from experiments.kvdirect._scatter import SHUFFLED, Pattern
@@ -25,6 +24,7 @@ from experiments.kvdirect._systems import (
     System,
     chosen,
 )
+from experiments.network import DEVICE, Link, limited_link
 from experiments.record import Comparison, Row, RunContext, require_positive
 from llmsys.core.errors import ConfigError, TransportError
 

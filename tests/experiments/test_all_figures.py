@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import catalog, environment, record, settings
-from experiments.kvdirect import _link
+from experiments import catalog, environment, network, record, settings
 from experiments.run import CONF, run_experiment
 from llmsys.core.config import build, load_yaml
 
 NAMES = catalog.names()
+NEED_A_LINK = ("kvdirect/limited_link", "lancet/limited_link", "lancet/fig14")
 
 
 def test_every_module_has_a_yaml_and_every_yaml_a_module() -> None:
@@ -54,7 +54,7 @@ def test_the_config_is_a_frozen_slotted_keyword_only_dataclass(name: str) -> Non
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_at_scale_tiny(name: str, tmp_path: Path) -> None:
-    if name == "kvdirect/limited_link" and (reason := _link.why_not()):
+    if name in NEED_A_LINK and (reason := network.why_not()):
         pytest.skip(reason)
     experiment = catalog.load(name)
     result = run_experiment(name, "tiny", [f"output_dir={tmp_path}"], save=True)

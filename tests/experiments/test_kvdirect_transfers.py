@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import network
 from experiments.environment import REPOSITORY
-from experiments.kvdirect import _link, transfer_bandwidth
-from experiments.kvdirect._link import LinkEnd, limited_link
+from experiments.kvdirect import transfer_bandwidth
 from experiments.kvdirect._pairs import EndpointProcess
 from experiments.kvdirect._scatter import (
     CONTIGUOUS,
@@ -40,6 +40,7 @@ from experiments.kvdirect._systems import (
     SHM_ONE,
     TCP,
 )
+from experiments.network import LinkEnd, limited_link
 from llmsys.core.errors import InputError, TransportError
 
 HERE = LinkEnd(prefix=(), address="127.0.0.1")
@@ -48,7 +49,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture(scope="module")
 def can_link() -> None:
-    if reason := _link.why_not():
+    if reason := network.why_not():
         pytest.skip(reason)
 
 
@@ -198,7 +199,7 @@ class TestLink:
         before = devices()
         with pytest.raises(RuntimeError, match="on purpose"), limited_link(1.0) as link:
             pids = [end.prefix[end.prefix.index("--target") + 1] for end in link.ends]
-            assert _link.DEVICE not in devices()
+            assert network.DEVICE not in devices()
             raise RuntimeError("on purpose")
         assert devices() == before
         assert not any(os.path.exists(f"/proc/{pid}/ns/net") for pid in pids)
@@ -209,12 +210,12 @@ class TestLink:
         with pytest.raises(InputError, match=text), limited_link(1.0):
             pass
         monkeypatch.undo()
-        monkeypatch.setattr(_link, "_namespace", _refusing_namespace)
-        assert "user id" in (_link.why_not() or "")
+        monkeypatch.setattr(network, "_namespace", _refusing_namespace)
+        assert "user id" in (network.why_not() or "")
 
 
 def _refusing_namespace(*_: object, **__: object) -> Any:
-    raise _link._refused("unshare", "Operation not permitted")
+    raise network._refused("unshare", "Operation not permitted")
 
 
 def rates(**methods: list[float]) -> pd.DataFrame:

@@ -146,6 +146,33 @@ def replay(
 def open_path(x: NDArray[np.int64], y: NDArray[np.int64], max_kicks: int, seed: int) -> NDArray[np.int32]:
     """Visiting order of a short open L1 path through points."""
 
+def pipeline_times(
+    roles: NDArray[np.int64],
+    lanes: NDArray[np.int64],
+    waits: tuple[NDArray[np.int64], NDArray[np.int64]],
+    slices: tuple[NDArray[np.int64], NDArray[np.int64]],
+    joins: NDArray[np.int64],
+    uses: tuple[NDArray[np.int64], NDArray[np.int64]],
+    num_parts: NDArray[np.int64],
+    ops_ms: NDArray[np.float64],
+    starts_ms: NDArray[np.float64],
+    waits_ms: NDArray[np.float64],
+    slices_ms: NDArray[np.float64],
+    joins_ms: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Times of a range of a Lancet graph in each of ``num_parts`` parts, bit for bit those of ``pipeline.walk``.
+
+    Pairs are (offsets, values) of one list for each op. Times have one row for each of ``num_parts``.
+    """
+
+def cover_ranges(
+    num_groups: int, firsts: NDArray[np.int64], ends: NDArray[np.int64], costs_ms: NDArray[np.float64]
+) -> tuple[float, NDArray[np.int64]]:
+    """The cheapest cover of 0 .. num_groups by candidates [first, end): the total, inf for none, and which they are.
+
+    Of equals the first in the list.
+    """
+
 def engine_built() -> bool:
     """Whether the module has ``Engine``: it is built where the headers of UCX are found."""
 

@@ -6,3 +6,4 @@
 void bind_solvers(nanobind::module_& m);
 void bind_comm(nanobind::module_& m);
 void bind_copy_ranges(nanobind::module_& m);
+void bind_partition(nanobind::module_& m);

@@ -32,4 +32,5 @@ NB_MODULE(_C, m) {
     bind_solvers(m);
     bind_comm(m);
     bind_copy_ranges(m);
+    bind_partition(m);
 }

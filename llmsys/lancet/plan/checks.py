@@ -183,7 +183,7 @@ class _Checker:
         keys = [key for key in self.last_in_order if key[0] == kind] if part == WHOLE else [(kind, part), (kind, WHOLE)]
         for key in keys:
             before = self.last_in_order.get(key, -1)
-            if before > index:
+            if before > index and self.graph.ops[before].phase == op.phase:
                 name = self.graph.ops[before].name
                 raise self.broken(f"{kind} change their order", f"{op.name!r} before {name!r}", "it comes after")
         self.last_in_order[kind, part] = index

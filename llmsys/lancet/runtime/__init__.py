@@ -1,0 +1,1 @@
+"""What executes a plan on devices: the irregular all-to-all of parts, measuring, and the profiler of operations."""

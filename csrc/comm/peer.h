@@ -74,6 +74,8 @@ struct Peer {
     void* close_request = nullptr;
     std::string endpoint_error;  // set by UCX's callback, acted upon by the loop
     std::int64_t endpoint_failed_ns = 0;
+    std::int64_t moved_ns = 0;    // when UCX last finished something, or got something to do when it had nothing
+    std::int64_t stalled_ns = 0;  // when it was first found to have done nothing for too long; 0 if it has not
 
     std::deque<std::unique_ptr<Transaction>> queue;
     BatchCursor cursor;
@@ -95,6 +97,15 @@ struct Peer {
     std::vector<std::function<void()>> when_gone;
 
     bool drained() const { return num_operations == 0 && num_sends == 0 && !flushing; }
+    bool waits_for_ucx() const { return !drained() || !unacknowledged.empty(); }
+    // To be called before UCX gets something to do.
+    void about_to_post() {
+        if (!waits_for_ucx()) moved(boottime_ns());
+    }
+    void moved(std::int64_t now_ns) {
+        moved_ns = now_ns;
+        stalled_ns = 0;
+    }
 };
 
 }  // namespace llmsys::comm

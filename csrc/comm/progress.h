@@ -121,6 +121,7 @@ class Progress {
     void send_frame(Peer& peer, FrameKind kind, std::uint64_t sequence);
     void send_heartbeats();
     void check_peer(Peer& peer, std::int64_t now_ns);
+    void check_stall(Peer& peer, std::int64_t now_ns);
     void begin_ending(Peer& peer, Ending ending, const std::string& reason);
     void close_endpoint(Peer& peer);
     void complete_ending(Peer& peer);

@@ -163,6 +163,7 @@ bool Progress::post_operation(Peer& peer, const BatchGroup& group, const Segment
     const std::uint64_t remote = group.remote->address + static_cast<std::uint64_t>(piece.remote);
     const auto length = static_cast<std::size_t>(piece.length);
     peer.cursor.used_ucx = true;
+    peer.about_to_post();
     void* request = write ? ucx_.ucp_put_nbx(peer.endpoint, local, length, remote, group.remote->key, &param)
                           : ucx_.ucp_get_nbx(peer.endpoint, local, length, remote, group.remote->key, &param);
     counters_.num_operations.fetch_add(1, std::memory_order_relaxed);
@@ -180,6 +181,7 @@ bool Progress::post_operation(Peer& peer, const BatchGroup& group, const Segment
 void Progress::on_operation(void* request, ucs_status_t status, void* argument) noexcept {
     Peer& peer = *static_cast<Peer*>(argument);
     --peer.num_operations;
+    peer.moved(boottime_ns());
     peer.ucx.ucp_request_free(request);
     if (status != UCS_OK) on_endpoint_error(&peer, nullptr, status);
 }
@@ -189,6 +191,7 @@ void Progress::flush(Peer& peer) {
     param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
     param.cb.send = &Progress::on_flush;
     param.user_data = &peer;
+    peer.about_to_post();
     void* request = ucx_.ucp_ep_flush_nbx(peer.endpoint, &param);
     if (UCS_PTR_IS_ERR(request)) {
         peer.cursor.error = std::string("ucp_ep_flush: ") + ucx_.ucs_status_string(UCS_PTR_STATUS(request));
@@ -202,6 +205,7 @@ void Progress::flush(Peer& peer) {
 void Progress::on_flush(void* request, ucs_status_t status, void* argument) noexcept {
     Peer& peer = *static_cast<Peer*>(argument);
     peer.flushing = false;
+    peer.moved(boottime_ns());
     peer.cursor.flushed = true;
     peer.ucx.ucp_request_free(request);
     if (status != UCS_OK) on_endpoint_error(&peer, nullptr, status);

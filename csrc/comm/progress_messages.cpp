@@ -28,6 +28,7 @@ void Progress::send_notification(Peer& peer, std::unique_ptr<Transaction> transa
     message->header.id = ++peer.last_sent;
     message->header.payload_bytes = message->payload.size();
     transaction->request->started_ns = monotonic_ns();
+    peer.about_to_post();
     peer.unacknowledged.push_back(std::move(transaction));
     counters_.num_notifications_sent.fetch_add(1, std::memory_order_relaxed);
     send_message(std::move(message));
@@ -52,6 +53,7 @@ void Progress::send_message(std::unique_ptr<Message> owned) {
     param.user_data = message;
     // A rendezvous would need the receiver to answer and order would be lost.
     param.flags = UCP_AM_SEND_FLAG_EAGER;
+    message->peer.about_to_post();
     ++message->peer.num_sends;
     void* request = ucx_.ucp_am_send_nbx(message->peer.endpoint, kAmId, &message->header, sizeof(message->header),
                                          message->payload.data(), message->payload.size(), &param);
@@ -62,6 +64,7 @@ void Progress::on_sent(void* request, ucs_status_t status, void* argument) noexc
     const std::unique_ptr<Message> message(static_cast<Message*>(argument));
     Peer& peer = message->peer;
     --peer.num_sends;
+    peer.moved(boottime_ns());
     if (message->header.kind == MessageKind::acknowledgement) peer.acknowledging = false;
     if (request != nullptr) peer.ucx.ucp_request_free(request);
     if (status != UCS_OK) on_endpoint_error(&peer, nullptr, status);
@@ -69,6 +72,7 @@ void Progress::on_sent(void* request, ucs_status_t status, void* argument) noexc
 
 void Progress::acknowledged(Peer& peer, std::uint64_t id) {
     while (!peer.unacknowledged.empty() && peer.first_unacknowledged <= id) {
+        peer.moved(boottime_ns());
         auto transaction = std::move(peer.unacknowledged.front());
         peer.unacknowledged.pop_front();
         ++peer.first_unacknowledged;

@@ -18,6 +18,9 @@ constexpr std::int64_t kGraceNs = 100'000'000;
 // How long UCX has to find out by itself that a connection it is still making will not come about. Taking one down in
 // the middle of that crashed UCX 1.22 in ucp_worker_discard_uct_ep, seen once in some thousand fault rounds.
 constexpr std::int64_t kConnectGraceNs = 200'000'000;
+// UCX has so many leases of time to finish some operation or message while the control connection works. UCX 1.22 over
+// TCP leaves a new connection to a process that was just lost waiting for ever, about once in a hundred times.
+constexpr std::int64_t kStallLeases = 2;
 // How often an ending that waits for UCX is looked at, besides UCX's own events.
 constexpr std::int64_t kDrainCheckNs = 5'000'000;
 
@@ -158,6 +161,7 @@ void Progress::check_peer(Peer& checked, std::int64_t now_ns) {
                                       seconds(checked.arguments.peer_lease_ns) + ", so it may take this side for dead");
         }
     }
+    check_stall(checked, now_ns);
     if (checked.ending != Ending::none) {
         complete_ending(checked);
         if (!checked.gone) next_check_ns_ = std::min(next_check_ns_, now_ns + kDrainCheckNs);
@@ -165,6 +169,24 @@ void Progress::check_peer(Peer& checked, std::int64_t now_ns) {
     }
     next_check_ns_ = std::min(next_check_ns_, checked.endpoint_error.empty() ? checked.liveness.next_deadline_ns()
                                                                              : checked.endpoint_failed_ns + kGraceNs);
+}
+
+// The control connection alone would keep a peer alive that UCX does not reach.
+void Progress::check_stall(Peer& checked, std::int64_t now_ns) {
+    if (checked.ending != Ending::none || !checked.waits_for_ucx()) return;
+    const std::int64_t limit_ns = checked.moved_ns + kStallLeases * options_.lease_ns;
+    if (now_ns < limit_ns) {
+        next_check_ns_ = std::min(next_check_ns_, limit_ns);
+        return;
+    }
+    // UCX may have news that this thread, which may itself have been stopped, has not fetched yet.
+    if (checked.stalled_ns == 0) checked.stalled_ns = now_ns;
+    if (now_ns < checked.stalled_ns + kGraceNs) {
+        next_check_ns_ = std::min(next_check_ns_, checked.stalled_ns + kGraceNs);
+        return;
+    }
+    begin_ending(checked, Ending::lost,
+                 "UCX moved nothing for " + seconds(now_ns - checked.moved_ns) + ", although the peer was heard of");
 }
 
 // Nothing new is started and UCX is told to drop what is in flight. The rest waits until it has: until then UCX could

@@ -11,8 +11,8 @@ output (section 5 of the paper: the function F over axes):
 - ``irregular(d)``: the part holds some rows of capacity dimension d, a number that only the run knows, and that differs
   by expert and by device (the axis A_irr of the paper): what a gate makes of a slice of the batch;
 - ``PARTIAL`` (outputs only): the parts' sum is the tensor, as for the weight gradient of a slice of the batch;
-- ``LAST`` (outputs only): each part's value follows from that of the part before, and the last one is the tensor, as for
-  the used capacity of the experts, which a chained gate passes on.
+- ``LAST`` (outputs only): each part's value follows from that of the part before, and the last one is the tensor, as
+  for the used capacity of the experts, which a chained gate passes on.
 """
 
 from __future__ import annotations

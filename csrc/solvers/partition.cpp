@@ -57,15 +57,25 @@ class Walker {
 
     bool is_compute(std::size_t op) const { return pipeline_.lanes[op] == kCompute; }
 
-    // Each round holds one stage of computation and the stage of communication that follows it.
+    // Each round holds one stage of computation and the stage of communication that follows it; communication that
+    // waits for other communication begins a new stage.
     void run_stages() {
         std::vector<std::size_t> round;
         for (std::size_t op = 0; op < pipeline_.roles.size(); ++op) {
             if (pipeline_.roles[op] != Role::split) continue;
-            if (!round.empty() && is_compute(op) && !is_compute(round.back())) run_round(round);
+            if (begins_round(op, round)) run_round(round);
             round.push_back(op);
         }
         run_round(round);
+    }
+
+    bool begins_round(std::size_t op, const std::vector<std::size_t>& round) const {
+        if (is_compute(op)) return !round.empty() && !is_compute(round.back());
+        bool has_producer = false;
+        for_each(pipeline_.waits, op, [&](std::size_t producer) {
+            has_producer |= std::find(round.begin(), round.end(), producer) != round.end();
+        });
+        return has_producer;
     }
 
     void run_round(std::vector<std::size_t>& round) {

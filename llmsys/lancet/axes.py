@@ -8,7 +8,7 @@ before the parts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from llmsys.core.errors import InputError
@@ -58,17 +58,15 @@ def infer_splits(
             fix="give the range as indices of graph.ops, both included",
         )
     sizes = [[_cut_sizes(graph, op, split) for split in op.splits] for op in graph.ops[first : last + 1]]
-    problem = _problem(graph, first, last)
-    found = solve(_restricted(problem, sizes, units or 1), solver, solver_limit, seed)
-    used = _used_sizes(sizes, found)
-    if units is None and any(size % min(used) for size in used):
-        best = 0
-        for size in sorted({size for op in sizes for split in op for size in split}):
-            other = solve(_restricted(problem, sizes, size), solver, solver_limit, seed)
-            num_split = sum(place is not None for place in other)
-            if num_split >= max(best, 1) and min(_used_sizes(sizes, other)) == size:
-                best, found = num_split, other
-        found = found if best else ()
+    problem = range_problem(graph, first, last)
+
+    def solved(multiple: int) -> Solution:
+        choice = solve(_restricted(problem, sizes, multiple), solver, solver_limit, seed)
+        return _without_dead_ends(graph, first, last, choice)
+
+    found = solved(units or 1)
+    if units is None and not _has_units(sizes, found):
+        found = _best_units(sizes, solved)
     chosen = {first + i: place for i, place in enumerate(found) if place is not None}
     return Inference(
         ops=tuple(chosen),
@@ -76,6 +74,24 @@ def infer_splits(
         units=min(_used_sizes(sizes, found), default=1),
         stopped_by=_stopped_by(graph, first, last, chosen),
     )
+
+
+def _has_units(sizes: _Sizes, found: Solution) -> bool:
+    """Whether every dimension that is cut is a multiple of the smallest one."""
+    used = _used_sizes(sizes, found)
+    return all(size % min(used) == 0 for size in used)
+
+
+def _best_units(sizes: _Sizes, solved: Callable[[int], Solution]) -> Solution:
+    """The solution with most split ops, and of equals the largest units, over all dimensions that could be cut."""
+    best = 0
+    found: Solution = ()
+    for size in sorted({size for op in sizes for split in op for size in split}):
+        other = solved(size)
+        num_split = sum(place is not None for place in other)
+        if num_split >= max(best, 1) and min(_used_sizes(sizes, other), default=0) == size:
+            best, found = num_split, other
+    return found
 
 
 def _cut_sizes(graph: Graph, op: Op, split: Split) -> frozenset[int]:
@@ -98,7 +114,8 @@ def _restricted(problem: RangeProblem, sizes: _Sizes, units: int) -> RangeProble
     )
 
 
-def _problem(graph: Graph, first: int, last: int) -> RangeProblem:
+def range_problem(graph: Graph, first: int, last: int) -> RangeProblem:
+    """What `axis_csp` needs to know of the ops from ``first`` to ``last``, both included."""
     outside: dict[str, int] = {}
     worth = _worth_splitting(graph, first, last)
 
@@ -124,12 +141,32 @@ def _worth_splitting(graph: Graph, first: int, last: int) -> int:
 
     Any other one, such as a loss on the gate's scores, would in parts only delay the start of an all-to-all.
     """
-    comm = sum(1 << i for i in range(first, last + 1) if graph.ops[i].kind == "all_to_all")
     found = 0
-    for index in range(first, last + 1):
-        if comm >> index & 1 or graph.ancestors[index] & comm:
-            found |= (1 << index) | graph.ancestors[index]
+    for index in _after_all_to_alls(graph, first, last):
+        found |= (1 << index) | graph.ancestors[index]
     return found
+
+
+def _after_all_to_alls(graph: Graph, first: int, last: int) -> list[int]:
+    """The all-to-alls of the range, and what needs them."""
+    comm = sum(1 << i for i in range(first, last + 1) if graph.ops[i].kind == "all_to_all")
+    return [i for i in range(first, last + 1) if comm >> i & 1 or graph.ancestors[i] & comm]
+
+
+def _without_dead_ends(graph: Graph, first: int, last: int, found: Solution) -> Solution:
+    """Lets ops run whole whose parts no other op needs in parts: those that come before the all-to-alls, and views.
+
+    What they take in parts is then joined instead of what they make. The result keeps all constraints.
+    """
+    after = set(_after_all_to_alls(graph, first, last))
+    places = dict(enumerate(found, first))
+    for index in sorted(places, reverse=True):
+        op = graph.ops[index]
+        users = (i for tensor in op.outputs for i in graph.consumers[tensor.name])
+        may_go = op.is_view or index not in after
+        if may_go and not op.random and not any(places.get(i) is not None for i in users):
+            places[index] = None
+    return tuple(places.values())
 
 
 def _stopped_by(graph: Graph, first: int, last: int, chosen: Mapping[int, int]) -> int | None:

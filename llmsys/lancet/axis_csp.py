@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
+from types import ModuleType
+from typing import Any
 
 from llmsys.core.errors import ConfigError
 from llmsys.lancet.config import AxisSolver
@@ -32,6 +34,14 @@ BEFORE, SPLIT, AFTER = 0, 1, 2
 
 OUTSIDE = -1
 _MAX_NODES = 20_000  # of the backtracking search; ranges of real models need a few
+
+
+_Splits = tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+
+
+def role_of(splits: _Splits, choice: int) -> int:
+    """The role that a choice gives to an op with these splits: see `RangeOp`."""
+    return SPLIT if choice < len(splits) else BEFORE if choice == len(splits) else AFTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +55,8 @@ class RangeOp:
 
     required: bool
     random: bool
-    splits: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    splits: _Splits
     inputs: tuple[tuple[int, int], ...]
-
-    @property
-    def num_choices(self) -> int:
-        return len(self.splits) + 2
-
-    def role(self, choice: int) -> int:
-        return SPLIT if choice < len(self.splits) else BEFORE if choice == len(self.splits) else AFTER
 
 
 RangeProblem = tuple[RangeOp, ...]
@@ -65,10 +68,14 @@ Solution = tuple[int | None, ...]
 
 @dataclass(slots=True, kw_only=True)
 class _Constraints:
-    """``domains``: the choices of each op as bits. ``rows[p, q][a]``: the choices of q that go with choice a of p."""
+    """``domains``: the choices of each op as bits. ``rows[p, q][a]``: the choices of q that go with choice a of p.
+
+    ``neighbours``: of each op, the others that it shares a constraint with. ``values``: of the choices of each op.
+    """
 
     domains: list[int]
     rows: dict[tuple[int, int], tuple[int, ...]]
+    neighbours: list[list[int]]
     values: list[list[int]]
 
 
@@ -79,8 +86,10 @@ def solve(problem: RangeProblem, solver: AxisSolver, solver_limit: float = 10.0,
     Both solvers find one of the same value; "propagate" gives up looking for a better one after 20,000 nodes.
     ConfigError if OR-Tools is needed and missing.
     """
+    if not any(op.required for op in problem):
+        return ()
     constraints = _constraints(problem)
-    if not all(constraints.domains) or not any(op.required for op in problem):
+    if not _propagate(constraints.domains, constraints, range(len(problem))):
         return ()
     if solver == "propagate":
         choices = _backtrack(constraints)
@@ -88,26 +97,34 @@ def solve(problem: RangeProblem, solver: AxisSolver, solver_limit: float = 10.0,
         choices = _constraint_program(constraints, solver_limit, seed)
     if choices is None:
         return ()
-    return tuple(op.splits[c][0] if op.role(c) == SPLIT else None for op, c in zip(problem, choices, strict=True))
+    return tuple(
+        op.splits[c][0] if role_of(op.splits, c) == SPLIT else None for op, c in zip(problem, choices, strict=True)
+    )
 
 
 def _constraints(problem: RangeProblem) -> _Constraints:
-    domains = [sum(1 << c for c in range(op.num_choices) if _is_possible(op, c)) for op in problem]
+    domains = [sum(1 << c for c in range(len(op.splits) + 2) if _is_possible(op, c)) for op in problem]
     rows: dict[tuple[int, int], tuple[int, ...]] = {}
+    neighbours: list[list[int]] = [[] for _ in problem]
     for (p, q), links in _links(problem).items():
-        table = _table(problem[p], problem[q], tuple(links))
+        table = _table(problem[p].splits, problem[q].splits, tuple(links))
         rows[p, q] = table
-        rows[q, p] = tuple(
-            sum(1 << a for a, row in enumerate(table) if row >> b & 1) for b in range(problem[q].num_choices)
-        )
+        rows[q, p] = _transposed(table, len(problem[q].splits) + 2)
+        neighbours[p].append(q)
+        neighbours[q].append(p)
     # One op more is worth more than any choice among the splits of all ops.
     scale = 1 + sum(max((s[0] for s in op.splits), default=0) for op in problem)
     values = [[scale - s[0] for s in op.splits] + [0, 0] for op in problem]
-    return _Constraints(domains=domains, rows=rows, values=values)
+    return _Constraints(domains=domains, rows=rows, neighbours=neighbours, values=values)
+
+
+@lru_cache(maxsize=4096)
+def _transposed(table: tuple[int, ...], num_columns: int) -> tuple[int, ...]:
+    return tuple(sum(1 << a for a, row in enumerate(table) if row >> b & 1) for b in range(num_columns))
 
 
 def _is_possible(op: RangeOp, choice: int) -> bool:
-    if op.role(choice) != SPLIT:
+    if role_of(op.splits, choice) != SPLIT:
         return not op.required
     _, axes, _ = op.splits[choice]
     cuts: dict[tuple[int, int], int] = {}
@@ -146,78 +163,67 @@ def _links(problem: RangeProblem) -> dict[tuple[int, int], list[_Link]]:
 
 
 @lru_cache(maxsize=4096)
-def _table(first: RangeOp, second: RangeOp, links: tuple[_Link, ...]) -> tuple[int, ...]:
+def _table(first: _Splits, second: _Splits, links: tuple[_Link, ...]) -> tuple[int, ...]:
     return tuple(
-        sum(1 << b for b in range(second.num_choices) if all(_agree(first, a, second, b, link) for link in links))
-        for a in range(first.num_choices)
+        sum(1 << b for b in range(len(second) + 2) if all(_agree(first, a, second, b, link) for link in links))
+        for a in range(len(first) + 2)
     )
 
 
-def _agree(first: RangeOp, a: int, second: RangeOp, b: int, link: _Link) -> bool:
+def _agree(first: _Splits, a: int, second: _Splits, b: int, link: _Link) -> bool:
     kind, x, y = link
-    roles = first.role(a), second.role(b)
+    roles = role_of(first, a), role_of(second, b)
     if kind == "random":
         return roles[0] <= roles[1]
     if kind == "shared":
         if roles != (SPLIT, SPLIT):
             return True
-        axes = first.splits[a][1][x], second.splits[b][1][y]
+        axes = first[a][1][x], second[b][1][y]
         return REPLICATED in axes or axes[0] == axes[1]
     if roles == (SPLIT, SPLIT):
-        made, used = first.splits[a][2][x], second.splits[b][1][y]
+        made, used = first[a][2][x], second[b][1][y]
         return made == used and _cuts(made)
     if roles == (BEFORE, SPLIT):
-        return not is_irregular(second.splits[b][1][y])
+        return not is_irregular(second[b][1][y])
     return roles[0] <= roles[1]
 
 
 def _backtrack(constraints: _Constraints) -> list[int] | None:
     """Depth-first search with arc consistency at every node, best values first, cut off by the sum of best values."""
-    neighbours: list[list[int]] = [[] for _ in constraints.domains]
-    for p, q in constraints.rows:
-        neighbours[p].append(q)
+    rows, values = constraints.rows, constraints.values
     best: list[int] | None = None
     best_value, num_nodes = -1, 0
-    start = list(constraints.domains)
-    stack = [start] if _propagate(start, constraints.rows, neighbours, range(len(start))) else []
+    stack = [constraints.domains]
     while stack and num_nodes < _MAX_NODES:
         num_nodes += 1
         domains = stack.pop()
-        if sum(_top(domain, row)[1] for domain, row in zip(domains, constraints.values, strict=True)) <= best_value:
+        # The first choice of a domain, its lowest bit, has the highest value.
+        choices = [(domain & -domain).bit_length() - 1 for domain in domains]
+        value = sum(row[choice] for row, choice in zip(values, choices, strict=True))
+        if value <= best_value:
             continue
-        open_ops = [(domain.bit_count(), index) for index, domain in enumerate(domains) if domain & (domain - 1)]
-        if not open_ops:
-            best = [domain.bit_length() - 1 for domain in domains]
-            best_value = sum(row[c] for row, c in zip(constraints.values, best, strict=True))
+        if all(row[choices[p]] >> choices[q] & 1 for (p, q), row in rows.items()):
+            best, best_value = choices, value
             continue
-        index = min(open_ops)[1]
-        choice = 1 << _top(domains[index], constraints.values[index])[0]
+        _, index = min((domain.bit_count(), index) for index, domain in enumerate(domains) if domain & (domain - 1))
+        choice = 1 << choices[index]
         for domain in (domains[index] & ~choice, choice):  # the last one is looked at first
             child = [*domains[:index], domain, *domains[index + 1 :]]
-            if _propagate(child, constraints.rows, neighbours, (index,)):
+            if _propagate(child, constraints, (index,)):
                 stack.append(child)
     return best
 
 
-def _top(domain: int, values: list[int]) -> tuple[int, int]:
-    """The first choice of the highest value in a domain, and that value."""
-    choice = max((c for c in range(len(values)) if domain >> c & 1), key=lambda c: (values[c], -c))
-    return choice, values[choice]
-
-
-def _propagate(
-    domains: list[int],
-    rows: dict[tuple[int, int], tuple[int, ...]],
-    neighbours: list[list[int]],
-    changed: Iterable[int],
-) -> bool:
+def _propagate(domains: list[int], constraints: _Constraints, changed: Iterable[int]) -> bool:
     """Removes in place what no neighbour goes with; False when an op has no choice left."""
+    if not all(domains):
+        return False
     queue = list(changed)
     while queue:
         p = queue.pop()
-        for q in neighbours[p]:
+        for q in constraints.neighbours[p]:
             allowed = 0
-            for choice, row in enumerate(rows[p, q]):
+            for choice, row in enumerate(constraints.rows[p, q]):
                 if domains[p] >> choice & 1:
                     allowed |= row
             if domains[q] & ~allowed:
@@ -229,6 +235,37 @@ def _propagate(
 
 
 def _constraint_program(constraints: _Constraints, solver_limit: float, seed: int) -> list[int] | None:
+    """Domains are arc-consistent: ops with one choice left need no variable, as their constraints hold already."""
+    cp_model = _or_tools()
+    model = cp_model.CpModel()
+    chosen: dict[int, Any] = {}
+    terms = []
+    for index, (domain, values) in enumerate(zip(constraints.domains, constraints.values, strict=True)):
+        choices = [c for c in range(len(values)) if domain >> c & 1]
+        if len(choices) == 1:
+            continue
+        variable = model.new_int_var_from_domain(cp_model.Domain.from_values(choices), f"choice_{index}")
+        literals = [model.new_bool_var(f"choice_{index}_is_{c}") for c in choices]
+        model.add_exactly_one(literals)
+        model.add(variable == sum(c * literal for c, literal in zip(choices, literals, strict=True)))
+        chosen[index] = variable
+        terms += [values[c] * literal for c, literal in zip(choices, literals, strict=True)]
+    for (p, q), table in constraints.rows.items():
+        if p < q and p in chosen and q in chosen:
+            pairs = [(a, b) for a, row in enumerate(table) for b in range(row.bit_length()) if row >> b & 1]
+            model.add_allowed_assignments([chosen[p], chosen[q]], pairs)
+    model.maximize(sum(terms))
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = seed
+    solver.parameters.max_deterministic_time = solver_limit
+    if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None
+    left = [domain.bit_length() - 1 for domain in constraints.domains]
+    return [int(solver.value(chosen[index])) if index in chosen else only for index, only in enumerate(left)]
+
+
+def _or_tools() -> ModuleType:
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
@@ -238,27 +275,4 @@ def _constraint_program(constraints: _Constraints, solver_limit: float, seed: in
             found=str(error),
             fix="install ortools, or set axis_solver to 'propagate'",
         ) from error
-    model = cp_model.CpModel()
-    chosen = []
-    terms = []
-    for index, (domain, values) in enumerate(zip(constraints.domains, constraints.values, strict=True)):
-        choices = [c for c in range(len(values)) if domain >> c & 1]
-        variable = model.new_int_var_from_domain(cp_model.Domain.from_values(choices), f"choice_{index}")
-        literals = [model.new_bool_var(f"choice_{index}_is_{c}") for c in choices]
-        model.add_exactly_one(literals)
-        model.add(variable == sum(c * literal for c, literal in zip(choices, literals, strict=True)))
-        chosen.append(variable)
-        terms += [values[c] * literal for c, literal in zip(choices, literals, strict=True)]
-    for (p, q), table in constraints.rows.items():
-        if p < q:
-            pairs = [(a, b) for a, row in enumerate(table) for b in range(row.bit_length()) if row >> b & 1]
-            model.add_allowed_assignments([chosen[p], chosen[q]], pairs)
-    model.maximize(sum(terms))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = solver_limit
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None
-    return [int(solver.value(variable)) for variable in chosen]
+    return cp_model

@@ -25,6 +25,7 @@ from llmsys.lancet.plan import Region
 from llmsys.lancet.regions import Prices, layout, span
 
 MAX_ALL_TO_ALLS = 2
+_MAX_NAMES = 6  # of ops in a note
 _MAX_IMBALANCE = 1.05  # of the largest part to the mean; costs are those of equal parts
 
 
@@ -200,7 +201,10 @@ class _Search:
         return stop if stop is not None and stop not in region.ops else None
 
     def _names(self, ops: Sequence[int]) -> str:
-        return ", ".join(self.graph.ops[op].name for op in ops)
+        """The first few names; with the target, unless it is communication, as names from torch say little."""
+        shown = [self.graph.ops[op] for op in ops[:_MAX_NAMES]]
+        names = ", ".join(op.name if op.is_comm else f"{op.name} ({op.target})" for op in shown)
+        return names if len(ops) <= _MAX_NAMES else f"{names} and {len(ops) - _MAX_NAMES} more"
 
 
 def part_counts(units: int, max_parts: int) -> list[int]:

@@ -1,8 +1,9 @@
 """The order in which a range runs in parts, and how long that takes: P(i, n, k) of section 5 of the paper.
 
-The ops that are split form stages: maximal runs of computation or of communication. Stages run one after the other, and
-in a stage its ops for the first part, then for the second, and so on; the communication of a part starts right after
-the computation of the part that comes before it. Of the ops that run whole, some come before all parts and some after.
+The ops that are split form stages: maximal runs of computation, or of communication without a dependency. Stages run
+one after the other, and in a stage its ops for the first part, then for the second, and so on; the communication of a
+part starts right after the computation of the part that comes before it. Of the ops that run whole, some come before
+all parts and some after.
 
 Times are those of a plan: one compute lane that executes in order, and a lane for each group that takes transfers in
 the order of their starts. A wait blocks the compute lane. Joining parts is work for the compute lane; it is put under
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -90,13 +91,27 @@ def order(pipeline: Pipeline, num_parts: int) -> Iterator[tuple[int, int]]:
     """The ops and parts in the order in which the compute lane runs or starts them."""
     ops = range(len(pipeline.roles))
     yield from ((op, WHOLE) for op in ops if pipeline.roles[op] == BEFORE)
-    split = (op for op in ops if pipeline.roles[op] == SPLIT)
-    stages = [(is_compute, list(run)) for is_compute, run in groupby(split, lambda op: pipeline.lanes[op] == COMPUTE)]
-    if stages and not stages[0][0]:
-        stages.insert(0, (True, []))
-    for compute, comm in zip(stages[::2], [*stages[1::2], (False, [])], strict=False):
-        yield from ((op, part) for part in range(num_parts) for op in (*compute[1], *comm[1]))
+    for ops_of_round in _rounds(pipeline):
+        yield from ((op, part) for part in range(num_parts) for op in ops_of_round)
     yield from ((op, WHOLE) for op in ops if pipeline.roles[op] == AFTER)
+
+
+def _rounds(pipeline: Pipeline) -> Iterator[list[int]]:
+    """Each holds a stage of computation and the stage of communication that follows it; one of the two may be empty.
+
+    Communication that waits for other communication begins a new stage, or the parts would run one after the other.
+    """
+    current: list[int] = []
+    for op in (op for op, role in enumerate(pipeline.roles) if role == SPLIT):
+        if pipeline.lanes[op] == COMPUTE:
+            begins_stage = bool(current) and pipeline.lanes[current[-1]] != COMPUTE
+        else:
+            begins_stage = not set(pipeline.waits[op]).isdisjoint(current)
+        if begins_stage:
+            yield current
+            current = []
+        current.append(op)
+    yield current
 
 
 def end_times(pipeline: Pipeline, durations: Sequence[Durations], counts: Sequence[int]) -> list[float]:

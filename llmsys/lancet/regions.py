@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import inf
 
 from llmsys.core.errors import InputError
 from llmsys.lancet.axis_csp import AFTER, BEFORE, SPLIT
@@ -23,11 +25,11 @@ _OPS: Mapping[str, Callable[..., Instruction]] = {"run": Run, "start": Start, "w
 class Layout:
     """A range of ops as a `Pipeline`, and what its numbers stand for.
 
-    Op j of the pipeline is ``first + j`` of the graph; ``places[j]`` is the split it uses, None if it runs whole.
+    Op j of the pipeline is ``ops[j]`` of the graph; ``places[j]`` is the split it uses, None if it runs whole.
     ``slices`` and ``joins``: (tensor, axis).
     """
 
-    first: int
+    ops: tuple[int, ...]
     places: tuple[int | None, ...]
     slices: tuple[tuple[str, int], ...]
     joins: tuple[tuple[str, int], ...]
@@ -43,7 +45,7 @@ class Prices:
     _known: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def durations(self, layout: Layout, num_parts: int) -> Durations:
-        ops = range(layout.first, layout.first + len(layout.places))
+        ops = layout.ops
         counts = [1 if place is None else num_parts for place in layout.places]
         launches = [self._launch(op, count) for op, count in zip(ops, counts, strict=True)]
         return Durations(
@@ -65,7 +67,8 @@ class Prices:
             op = self.graph.ops[index]
             whole = place is None
             split = None if place is None else op.splits[place]
-            self._known[key] = self.costs.op_ms(self.graph, op, 1 if whole else num_parts, split)
+            op_ms = self.costs.op_ms(self.graph, op, 1 if whole else num_parts, split)
+            self._known[key] = self._checked(op_ms, f"op {op.name!r}")
         return self._known[key]
 
     def _launch(self, index: int, num_parts: int) -> tuple[float, float]:
@@ -79,8 +82,19 @@ class Prices:
         key = (verb, tensor, axis, num_parts)
         if key not in self._known:
             price = self.costs.slice_ms if verb == "slice" else self.costs.join_ms
-            self._known[key] = price(self.graph.tensors[tensor], axis, num_parts)
+            copy_ms = price(self.graph.tensors[tensor], axis, num_parts)
+            self._known[key] = self._checked(copy_ms, f"the {verb} of tensor {tensor!r}")
         return self._known[key]
+
+    def _checked(self, time_ms: float, what: str) -> float:
+        if not 0.0 <= time_ms < inf:
+            raise InputError(
+                f"costs {self.costs.name!r} give no usable time of {what} of graph {self.graph.name!r}",
+                expected="a finite number of ms, 0 or more",
+                found=repr(time_ms),
+                fix="mend the cost model or the table that it reads",
+            )
+        return time_ms
 
 
 def span(graph: Graph, region: Region) -> tuple[int, int]:
@@ -119,36 +133,57 @@ def _instruction(found: Layout, number: int, step: Step) -> Instruction:
     if step.verb == "join":
         tensor, axis = found.joins[step.number]
         return Join(region=number, tensor=tensor, axis=axis)
-    return _OPS[step.verb](op=found.first + step.number, part=step.part)
+    return _OPS[step.verb](op=found.ops[step.number], part=step.part)
 
 
 def layout(graph: Graph, first: int, last: int, places: Mapping[int, int]) -> Layout:
     """The ops from ``first`` to ``last`` (both included), of which ``places`` says which run in parts and how."""
-    window = range(first, last + 1)
-    roles = _roles(graph, window, places)
-    lanes = sorted({graph.ops[i].group for i in window if graph.ops[i].is_comm})
-    slices, own_slices = _slices(graph, window, places)
-    joins, uses = _joins(graph, window, places)
+    ops = _order(graph, range(first, last + 1), places)
+    number_of = {op: number for number, op in enumerate(ops)}
+    roles = _roles(graph, range(first, last + 1), places)
+    lanes = sorted({graph.ops[i].group for i in ops if graph.ops[i].is_comm})
+    slices, own_slices = _slices(graph, ops, places)
+    joins, uses = _joins(graph, ops, places)
     waits = [
         tuple(
-            before - first
+            number_of[before]
             for before in graph.predecessors[i]
             if before >= first and graph.ops[before].is_comm and (before not in places or i in places)
         )
-        for i in window
+        for i in ops
     ]
     pipeline = Pipeline(
-        roles=roles,
-        lanes=tuple(lanes.index(graph.ops[i].group) if graph.ops[i].is_comm else COMPUTE for i in window),
+        roles=tuple(roles[i] for i in ops),
+        lanes=tuple(lanes.index(graph.ops[i].group) if graph.ops[i].is_comm else COMPUTE for i in ops),
         waits=tuple(waits),
         slices=own_slices,
-        joins=tuple(graph.producers[name] - first for name, _ in joins),
+        joins=tuple(number_of[graph.producers[name]] for name, _ in joins),
         uses=uses,
     )
-    return Layout(first=first, places=tuple(map(places.get, window)), slices=slices, joins=joins, pipeline=pipeline)
+    return Layout(ops=ops, places=tuple(map(places.get, ops)), slices=slices, joins=joins, pipeline=pipeline)
 
 
-def _roles(graph: Graph, window: range, places: Mapping[int, int]) -> tuple[int, ...]:
+def _order(graph: Graph, window: range, places: Mapping[int, int]) -> tuple[int, ...]:
+    """The graph's order, but in a stage of computation what needs the communication right before it comes last.
+
+    So a part of a shared expert runs while the results of the same part's other experts are on their way.
+    """
+    split = [i for i in window if i in places]
+    ordered: list[int] = []
+    comm = 0
+    for is_comm, run in groupby(split, lambda i: graph.ops[i].is_comm):
+        stage = list(run)
+        if is_comm:
+            comm = sum(1 << i for i in stage)
+        elif sum(graph.ops[i].random for i in stage) < 2:
+            late = [i for i in stage if graph.ancestors[i] & comm]
+            stage = [*(i for i in stage if i not in late), *late]
+        ordered += stage
+    source = iter(ordered)
+    return tuple(next(source) if i in places else i for i in window)
+
+
+def _roles(graph: Graph, window: range, places: Mapping[int, int]) -> Mapping[int, int]:
     roles: dict[int, int] = {}
     has_drawn = False
     for index in window:
@@ -167,16 +202,16 @@ def _roles(graph: Graph, window: range, places: Mapping[int, int]) -> tuple[int,
             needs_parts = after or any(i in places and i >= window.start for i in graph.predecessors[index])
             roles[index] = AFTER if needs_parts or (op.random and has_drawn) else BEFORE
         has_drawn |= op.random and roles[index] != BEFORE
-    return tuple(roles.values())
+    return roles
 
 
 def _slices(
-    graph: Graph, window: range, places: Mapping[int, int]
+    graph: Graph, ops: Sequence[int], places: Mapping[int, int]
 ) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]]:
     """What is cut, in the order of first use, and which of it each op is the first to use."""
     numbers: dict[tuple[str, int], int] = {}
     own: list[tuple[int, ...]] = []
-    for index in window:
+    for index in ops:
         num_before = len(numbers)
         if index in places:
             op = graph.ops[index]
@@ -189,13 +224,13 @@ def _slices(
 
 
 def _joins(
-    graph: Graph, window: range, places: Mapping[int, int]
+    graph: Graph, ops: Sequence[int], places: Mapping[int, int]
 ) -> tuple[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]]:
     """What is joined, in the order in which it is made, and what of it each op of the range needs."""
     outputs = frozenset(graph.outputs)
     joins: list[tuple[str, int]] = []
-    uses: list[list[int]] = [[] for _ in window]
-    for index in window:
+    uses: dict[int, list[int]] = {op: [] for op in ops}
+    for index in ops:
         if index not in places:
             continue
         op = graph.ops[index]
@@ -204,7 +239,7 @@ def _joins(
             if axis == REPLICATED or not (whole or tensor.name in outputs):
                 continue
             for user in whole:
-                if user in window:
-                    uses[user - window.start].append(len(joins))
+                if user in uses:
+                    uses[user].append(len(joins))
             joins.append((tensor.name, axis))
-    return tuple(joins), tuple(map(tuple, uses))
+    return tuple(joins), tuple(map(tuple, uses.values()))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from llmsys.lancet.costs import TableCosts
+from llmsys.core.specs import NODES
+from llmsys.lancet.costs import CostModel, TableCosts, cluster_costs
 from llmsys.lancet.graph import Graph, Kind, Op, Phase, Tensor
+from llmsys.lancet.workload import Gate, StepConfig, build_step, moe_model
 
 
 def op(
@@ -37,7 +41,10 @@ def all_to_all(name: str, *inputs: str, phase: Phase = "backward", group: str = 
 
 
 def moe_backward() -> tuple[Graph, TableCosts]:
-    """Two layers' worth of backward pass, each with its weight gradient, its cast and its sum over data parallelism."""
+    """Two layers' worth of backward pass with weight gradients, their casts, and a sum over data parallelism.
+
+    Both weight gradients come before the op that makes what the next all-to-all sends, so it cannot start before them.
+    """
     ops = (
         op("h1", "x", phase="forward"),
         op("loss", "h1", phase="forward"),
@@ -46,11 +53,13 @@ def moe_backward() -> tuple[Graph, TableCosts]:
         op("dw2", "d2", "view2"),
         op("cast2", "dw2"),
         op("sum2", "cast2", kind="collective"),
-        all_to_all("a1", "d2"),
+        op("e1", "d2"),
+        all_to_all("a1", "e1"),
         op("d1", "a1"),
         op("dw1", "d1", "h1"),
         op("cast1", "dw1"),
-        all_to_all("a0", "d1"),
+        op("e0", "d1"),
+        all_to_all("a0", "e0"),
         op("d0", "a0"),
     )
     inputs = (Tensor(name="x", shape=(25, 10)),)
@@ -101,3 +110,18 @@ def random_step(rng: np.random.Generator, num_ops: int = 40, *, with_random: boo
     graph = Graph(name="random", inputs=inputs, ops=tuple(ops), outputs=outputs)
     # Whole numbers of quarters add up without rounding.
     return graph, TableCosts(ops_ms={o.name: float(rng.integers(1, 30)) / 4 for o in ops})
+
+
+def gpt_step(
+    num_layers: int = 4, *, gate: Gate = "switch", data_parallel: bool = False, data_group: str = "dp"
+) -> tuple[Graph, CostModel]:
+    """A small GPT-2 with a mixture in every other layer, on 16 GPUs of the paper's first cluster."""
+    step = StepConfig(
+        model=replace(moe_model("gpt2_s_moe"), num_layers=num_layers),
+        num_gpus=16,
+        batch_per_gpu=8,
+        gate=gate,
+        data_parallel=data_parallel,
+        data_group=data_group,
+    )
+    return build_step(step), cluster_costs(NODES["p4de"], 16, arithmetic="tf32")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from llmsys.core.errors import InputError
+from llmsys.core.errors import ConfigError, InputError
 from llmsys.lancet import axis_csp
-from llmsys.lancet.axes import Inference, infer_splits
+from llmsys.lancet.axes import Inference, infer_splits, range_problem
 from llmsys.lancet.axis_csp import AFTER, BEFORE, SPLIT
 from llmsys.lancet.config import AxisSolver
 from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Graph, is_irregular
@@ -111,10 +112,36 @@ def test_all_cut_dimensions_are_multiples_of_the_smallest(solver: AxisSolver) ->
     assert infer_splits(graph, 0, 3, solver=solver, units=5).ops == ()
 
 
+@both_solvers
+def test_what_no_op_needs_in_parts_runs_whole(solver: AxisSolver) -> None:
+    b = Builder()
+    x = b.op("x", [b.given("in", 16, 16)], [(16, 16)], BY_BATCH)
+    b.op("saved", [x], [(16, 16)], BY_BATCH, is_view=True)
+    sent = b.op("sent", [x], [(4, 16, 16)], [((0,), (ROWS,))])
+    there = b.exchange("there", sent)
+    y = b.op("y", [there], [(16, 16)], [((ROWS,), (0,))])
+    turned = b.op("turned", [b.given("weight", 16, 16)], [(16, 16)], BY_BATCH, is_view=True)
+    b.op("z", [y, turned], [(16, 16)])
+    b.op("kept", [y], [(16, 16)], BY_BATCH, is_view=True)
+    b.op("last", [y], [(16, 16)], BY_BATCH)
+    found = infer(b.graph("z", "saved", "kept", "last"), "x", "last", solver)
+    assert found.ops == (0, 2, 3, 4, 8)
+
+
 def test_a_range_must_be_one() -> None:
     with pytest.raises(InputError, match="no range") as caught:
         infer_splits(mini_step(1), 3, 2)
     assert "first 3, last 2" in str(caught.value)
+
+
+def test_without_or_tools_the_other_solver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    axis_csp.solve.cache_clear()
+    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
+    graph = mini_step(1)
+    with pytest.raises(ConfigError, match="needs OR-Tools") as caught:
+        infer(graph, "l0.norm", "head", "cp_sat")
+    assert "set axis_solver to 'propagate'" in str(caught.value)
+    assert infer(graph, "l0.norm", "head", "propagate").ops
 
 
 @both_solvers
@@ -135,7 +162,7 @@ def random_graph(seed: int) -> Graph:
     for index in range(draw.randint(2, 6)):
         inputs = draw.sample(tensors, min(len(tensors), draw.choice((1, 1, 2))))
         num_outputs = draw.choice((1, 1, 2))
-        used, made = (0, 0, 1, REPLICATED, ROWS), (0, 0, 1, ROWS, PARTIAL, LAST)
+        used, made = (0, 0, 1, REPLICATED, ROWS), (0, 0, 1, ROWS, REPLICATED, PARTIAL, LAST)
         splits = [
             (tuple(draw.choice(used) for _ in inputs), tuple(draw.choice(made) for _ in range(num_outputs)))
             for _ in range(draw.choice((0, 1, 2, 2)))
@@ -207,8 +234,10 @@ def test_solvers_find_as_many_split_ops_as_brute_force(block: int) -> None:
         solutions = [c for c in all_choices(graph) if runs(graph, c)]
         best = max((sum(0 <= place < 99 for place in c) for c in solutions), default=0)
         for solver in SOLVERS:
+            problem = range_problem(graph, 0, len(graph.ops) - 1)
+            assert sum(place is not None for place in axis_csp.solve(problem, solver)) == best, (seed, solver)
             found = infer_splits(graph, 0, len(graph.ops) - 1, solver=solver)
-            assert len(found.ops) == best, (seed, solver)
+            assert bool(found.ops) == bool(best)
             of_op = dict(zip(found.ops, found.splits, strict=True))
             fits = (c for c in solutions if all(of_op.get(i, -1) == (p if p < 99 else -1) for i, p in enumerate(c)))
             assert not best or any(True for _ in fits), (seed, solver)

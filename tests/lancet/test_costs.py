@@ -159,7 +159,7 @@ def test_operators_are_known_by_their_own_names(target: str) -> None:
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_parts_of_computation_cost_at_least_the_whole_in_sum(graph: Graph, costs: RooflineCosts, skewed: bool) -> None:
-    skew = shipped_skew("olmoe-1b-7b topk", 32, capacity_factor=1.0, experts_per_gpu=2) if skewed else None
+    skew = shipped_skew("olmoe-1b-7b topk", 32, capacity_factor=1.0, experts_per_link=2) if skewed else None
     costs = dataclasses.replace(costs, skew=skew)
     num_checked = 0
     for op in graph.ops:
@@ -194,7 +194,7 @@ def test_an_all_to_all_in_parts_follows_the_static_rule(graph: Graph, costs: Roo
 
 
 def test_uneven_experts_send_less_but_compute_in_fuller_buffers(graph: Graph, costs: RooflineCosts) -> None:
-    skew = shipped_skew("olmoe-1b-7b topk", 32, capacity_factor=1.0, experts_per_gpu=2)
+    skew = shipped_skew("olmoe-1b-7b topk", 32, capacity_factor=1.0, experts_per_link=2)
     skewed = dataclasses.replace(costs, skew=skew)
     to_experts, from_experts = (graph.ops[index] for index in graph.comm_ops("all_to_all")[:2])
     uneven = to_experts.splits[0]
@@ -211,7 +211,7 @@ def test_uneven_experts_send_less_but_compute_in_fuller_buffers(graph: Graph, co
 def test_rows_of_the_parts_add_up_to_the_unpartitioned_rows() -> None:
     rng = np.random.default_rng(0)
     for num_parts in (1, 2, 3, 8):
-        skew = LoadSkew.of(rng.random(16) + 0.1, capacity_factor=1.2, experts_per_gpu=2)
+        skew = LoadSkew.of(rng.random(16) + 0.1, capacity_factor=1.2, experts_per_link=2)
         rows = skew.part_rows(num_parts)
         np.testing.assert_allclose(rows.sum(axis=0), np.minimum(np.array(skew.loads) / 1.2, 1.0))
         assert rows.sum(axis=0).max() / num_parts <= skew.buffer_share(num_parts) + 1e-12 <= 1.0 + 1e-9
@@ -219,11 +219,11 @@ def test_rows_of_the_parts_add_up_to_the_unpartitioned_rows() -> None:
 
 
 def test_even_loads_give_the_static_rule() -> None:
-    skew = LoadSkew.of(np.ones(8), capacity_factor=1.0, experts_per_gpu=2)
+    skew = LoadSkew.of(np.ones(8), capacity_factor=1.0, experts_per_link=2)
     assert [skew.buffer_share(k) for k in (1, 2, 4)] == pytest.approx([1, 0.5, 0.25])
     assert [skew.sent_share(k) for k in (1, 2, 4)] == pytest.approx([1, 0.5, 0.25])
     assert skew.dropped_share == 0.0
-    busy = LoadSkew.of([3, 1, 0, 0], capacity_factor=1.0, experts_per_gpu=1)
+    busy = LoadSkew.of([3, 1, 0, 0], capacity_factor=1.0, experts_per_link=1)
     assert busy.dropped_share == pytest.approx(0.5)
     assert busy.buffer_share(2) == pytest.approx((1.0 + 0.5) / 2)  # full at once, then the second expert's other half
 
@@ -234,7 +234,7 @@ def test_even_loads_give_the_static_rule() -> None:
 )
 def test_bad_loads_are_refused(loads: list[float], changes: dict[str, float], error: type[Exception]) -> None:
     with pytest.raises(error):
-        LoadSkew.of(loads, capacity_factor=1.0, experts_per_gpu=2)
+        LoadSkew.of(loads, capacity_factor=1.0, experts_per_link=2)
 
 
 def test_copies(graph: Graph, costs: RooflineCosts) -> None:

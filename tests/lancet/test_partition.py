@@ -160,7 +160,7 @@ def test_no_more_parts_than_asked_for() -> None:
 def test_a_gate_that_needs_the_whole_batch_is_named() -> None:
     graph = mini_step(2, is_token_major=False)
     regions, notes = choose_regions(graph, costs_of(graph), QUICK)
-    assert notes == ("l0.gate, l1.gate cannot be split: only ops after it are pipelined",)
+    assert notes == ("l0.gate (gate), l1.gate (gate) cannot be split: only ops after it are pipelined",)
     assert [graph.ops[region.ops[0]].name for region in regions] == ["l0.dispatch", "l1.dispatch"]
 
 
@@ -235,12 +235,19 @@ def test_parts_are_nearly_equal() -> None:
     assert part_counts(1, 8) == []
 
 
-def test_a_model_of_24_layers_is_planned_in_20_seconds() -> None:
+def test_notes_name_six_ops_and_count_the_rest() -> None:
+    graph = mini_step(4)
+    _, notes = choose_regions(graph, costs_of(graph, overhead_ms=10.0), QUICK)
+    names = ", ".join(f"l{layer}.{way}_experts" for layer in range(3) for way in ("to", "from"))
+    assert notes == (f"no range around {names} and 2 more is faster in parts: not pipelined",)
+
+
+def test_a_model_of_24_layers_is_planned_in_20_seconds_of_one_core() -> None:
     graph = build_step(StepConfig(model=moe_model("gpt2_l_moe"), num_gpus=16, batch_per_gpu=24, gate="switch"))
     costs = cluster_costs(NODES["p4de"], 16, arithmetic="tf32")
     axis_csp.solve.cache_clear()
-    began = time.monotonic()
+    began = time.process_time()
     regions, _ = choose_regions(graph, costs, PlannerConfig())
-    assert time.monotonic() - began < 20.0
+    assert time.process_time() - began < 20.0
     assert len(regions) == 12
     assert axis_csp.solve.cache_info().hits > 3 * axis_csp.solve.cache_info().misses

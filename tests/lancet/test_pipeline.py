@@ -58,6 +58,7 @@ def test_a_join_is_put_where_the_compute_lane_waits_anyway() -> None:
     # The first wait leaves 2 to 5 idle, the next ones 7 to 9 and 11 to 13.
     times = durations((1.0, 4.0, 2.0, 4.0, 1.0), (0.0,), (2.5, 0.5))
     assert walk(LAYER, times, 2).end_ms == 18.5
+    assert walk(LAYER, replace(times, joins_ms=(3.0, 0.5)), 2).end_ms == 18.5  # fits exactly
     longer = walk(LAYER, replace(times, joins_ms=(3.5, 0.5)), 2)
     assert longer.end_ms == 22.0  # fits nowhere, so it comes at the end and before the other
     assert texts(longer.steps).endswith("run4.1 join0 join1")

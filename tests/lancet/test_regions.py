@@ -12,7 +12,7 @@ from llmsys.lancet.costs import TableCosts
 from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Graph
 from llmsys.lancet.partition import capacity_region, region_ms
 from llmsys.lancet.plan import WHOLE, Instruction, Join, Region, Run, Slice, Start, Wait
-from llmsys.lancet.regions import emit, span
+from llmsys.lancet.regions import emit, layout, span
 from tests.lancet.mini_moe import BY_BATCH, LOCAL_ROWS, ROWS, Builder, mini_step
 
 
@@ -140,6 +140,23 @@ def test_the_order_of_a_layer() -> None:
     ]
 
 
+def test_what_needs_no_all_to_all_runs_before_the_wait_for_it() -> None:
+    b = Builder()
+    x = b.given("x", 16, 16)
+    sent = b.op("sent", [x], [(4, 16, 16)], [((0,), (ROWS,))])
+    there = b.exchange("there", sent)
+    y = b.op("combine", [there], [(16, 16)], [((ROWS,), (0,))])
+    shared = b.op("shared", [b.op("shared.norm", [x], [(16, 16)], BY_BATCH)], [(16, 16)], BY_BATCH)
+    b.op("sum", [y, shared], [(16, 16)], [((0, 0), (0,))])
+    graph = b.graph("sum")
+    region = region_of(graph, "sent", "sum")
+    instructions = emit(graph, 0, region, uniform(graph))
+    check(graph, region, instructions)
+    one_part = [text for text in names(graph, instructions) if text.endswith(" 1")]
+    wanted = ["Run sent", "Start there", "Run shared.norm", "Run shared", "Wait there", "Run combine", "Run sum"]
+    assert one_part == [f"{text} 1" for text in wanted]
+
+
 def test_a_region_in_the_backward_joins_the_sums_of_weight_gradients() -> None:
     graph = mini_step(1, has_backward=True)
     first, last = graph.index_of["l0.from_experts.dx"], graph.index_of["l0.to_experts.dx"]
@@ -184,6 +201,17 @@ def test_starts_and_waits_cost_what_the_cost_model_says() -> None:
     assert region_ms(graph, region, Launching(ops_ms=costs.ops_ms)) > free_ms
 
 
+@pytest.mark.parametrize("time_ms", [-1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused_with_the_op(time_ms: float) -> None:
+    graph = mini_step(1)
+    costs = uniform(graph)
+    costs = TableCosts(ops_ms={**costs.ops_ms, "l0.experts": time_ms})
+    with pytest.raises(InputError, match=r"no usable time of op 'l0\.experts'"):
+        emit(graph, 0, region_of(graph, "l0.norm", "l0.sum"), costs)
+    with pytest.raises(InputError, match="no usable time of the slice of tensor 'x'"):
+        emit(graph, 0, region_of(graph, "l0.norm", "l0.sum"), uniform(graph, x=time_ms))
+
+
 def test_random_ops_that_run_whole_stay_behind_those_in_parts() -> None:
     b = Builder()
     x = b.op("drop", [b.given("x", 16, 16)], [(16, 16)], BY_BATCH, random=True)
@@ -197,6 +225,24 @@ def test_random_ops_that_run_whole_stay_behind_those_in_parts() -> None:
     check(graph, region, instructions)
     order = names(graph, instructions)
     assert order.index("Run noise") > order.index("Run drop 1")
+
+
+def test_a_whole_op_waits_for_all_parts_of_an_all_to_all_by_its_join() -> None:
+    b = Builder()
+    there = b.exchange("there", b.given("x", 4, 16, 16))
+    b.op("count", [there], [(4,)])
+    b.exchange("back", there)
+    graph = b.graph("count", "back")
+    region = capacity_region(graph, 0, 2, 2)
+    assert region is not None and region.ops == (0, 2)
+    assert layout(graph, 0, 2, dict(zip(region.ops, region.splits, strict=True))).pipeline.waits == ((), (), (0,))
+    instructions = emit(graph, 0, region, uniform(graph))
+    check(graph, region, instructions)
+    assert names(graph, instructions) == [
+        "Slice x",
+        *("Start there 0", "Start there 1", "Wait there 0", "Start back 0", "Wait there 1", "Start back 1"),
+        *("Join there", "Run count", "Wait back 0", "Wait back 1", "Join back"),
+    ]
 
 
 def test_regions_that_make_no_sense_are_refused() -> None:

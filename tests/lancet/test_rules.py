@@ -17,6 +17,7 @@ from llmsys.lancet.passes.pieces import region_units
 from llmsys.lancet.passes.rewrite import rewrite
 from llmsys.lancet.passes.rules import RULES
 from llmsys.lancet.plan import Plan, Region
+from llmsys.lancet.runtime import irregular
 from tests.lancet.fx_plans import one_op_in_parts, random_region, ranged
 
 Function = Callable[..., Any]
@@ -73,6 +74,7 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "slice": (lambda a: (a[:, 1:3] + 1, a[:, :, ::2] + 1), (draw(4, 4, 6),)),
     "split": (lambda a: tuple(p + 1 for p in (*a.chunk(3, -1), *a.split([1, 3], 1))), (draw(4, 4, 6),)),
     "cat": (lambda a, b: torch.cat([a, b], -1), (draw(4, 2, 6), draw(4, 2, 2))),
+    "stack": (lambda a, b: (torch.stack([a, b], 1), torch.stack([b, a], -1)), (draw(4, 2), draw(4, 2))),
     "slice_backward": (lambda g: ops.slice_backward(g, [4, 6], 1, 0, 2, 1), (draw(4, 2),)),
     "select_backward": (lambda g: ops.select_backward(g, [4, 3, 6], 1, 2), (draw(4, 6),)),
     "softmax": (lambda a: (a.softmax(-1), a.log_softmax(0), a.cumsum(1)), (draw(4, 6),)),
@@ -88,7 +90,8 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "embedding": (lambda w, i: F.embedding(i, w), (draw(6, 8), tokens(4, 2))),
     "embedding_backward": (lambda g, i: ops.embedding_dense_backward(g, i, 6, -1, False),
                            (draw(4, 2, 8), tokens(4, 2))),
-    "attention": (lambda q, k, v: attend(q, k, v), (draw(2, 4, 6, 8), draw(2, 4, 6, 8, seed=1), draw(2, 4, 6, 8, seed=2))),
+    "attention": (lambda q, k, v: attend(q, k, v),
+                  (draw(2, 4, 6, 8), draw(2, 4, 6, 8, seed=1), draw(2, 4, 6, 8, seed=2))),
     "attention_mask": (attend, (draw(2, 4, 6, 8), draw(2, 4, 6, 8), draw(2, 4, 6, 8), draw(2, 1, 6, 6))),
     "attention_backward": (attend_backward, (draw(2, 4, 6, 8), draw(2, 4, 6, 8), draw(2, 4, 6, 8))),
     "dropout_backward": (lambda g, m: ops.native_dropout_backward(g, m > 0, 2.0), (draw(4, 6), draw(4, 6))),
@@ -101,7 +104,7 @@ def captured_of(function: Function, inputs: tuple[torch.Tensor, ...]) -> Capture
 
 
 def runs_equal(captured: Captured, plan: Plan, inputs: tuple[torch.Tensor, ...]) -> None:
-    expected, found = captured.forward(*inputs), rewrite(captured, plan)[0](*inputs)
+    expected, found = captured.forward(*inputs), rewrite(captured, plan, irregular)[0](*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -190,7 +193,7 @@ def test_parts_of_random_ranges_make_the_whole(seed: int) -> None:
 def test_more_parts_than_units_are_refused() -> None:
     captured = captured_of(lambda a, b: a + b, (draw(3, 4), draw(3, 4)))
     with pytest.raises(PlanError, match="at most 3 parts"):
-        rewrite(captured, one_op_in_parts(captured.graph, 0, 0, 4))
+        rewrite(captured, one_op_in_parts(captured.graph, 0, 0, 4), irregular)
 
 
 def test_random_operators_run_whole() -> None:

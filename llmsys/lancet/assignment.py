@@ -22,7 +22,7 @@ _TICKS_PER_MS = 10_000
 class Assignment:
     """``targets[i]``: the all-to-all of unit i, or `UNASSIGNED`. ``hidden_ms``: the problem's objective.
 
-    ``bound_ms``: no assignment hides more; infinite where the solver gives no bound. ``proven``: this one is optimal.
+    ``bound_ms``: no assignment hides more. ``proven``: this one is optimal.
     """
 
     targets: tuple[int, ...]
@@ -57,7 +57,8 @@ def assign_greedy(comm_ms: Sequence[float], unit_ms: Sequence[float], allowed: S
             targets[unit] = j
             left_ms -= unit_ms[unit]
     hidden = hidden_ms(comm_ms, unit_ms, targets)
-    bound = math.fsum(comm_ms)
+    usable = {unit for units in allowed for unit in units}
+    bound = min(math.fsum(comm_ms), math.fsum(unit_ms[unit] for unit in usable))
     return Assignment(targets=tuple(targets), hidden_ms=hidden, bound_ms=bound, proven=hidden >= bound)
 
 
@@ -92,22 +93,19 @@ def assign_exact(
     solver.parameters.max_deterministic_time = solver_limit
     # Without the linear relaxation of all of it, the bound stays at the sum of the all-to-alls for very long.
     solver.parameters.linearization_level = 2
-    solver.parameters.absolute_gap_limit = (len(unit_ms) + len(comm_ms)) / 2
+    rounding_ticks = (len(unit_ms) + len(comm_ms)) / 2
+    solver.parameters.absolute_gap_limit = rounding_ticks
     solver.parameters.relative_gap_limit = gap
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return start
-    targets = [UNASSIGNED] * len(unit_ms)
-    for g, group in enumerate(groups):
-        free = iter(group.units)
-        for j in group.at:
-            for _ in range(solver.value(counts[g, j])):
-                targets[next(free)] = j
+    found = {key: int(solver.value(count)) for key, count in counts.items()}
+    targets = max(start.targets, _targets(groups, found, len(unit_ms)), key=lambda t: hidden_ms(comm_ms, unit_ms, t))
     hidden = hidden_ms(comm_ms, unit_ms, targets)
     bound = max(hidden, solver.best_objective_bound / _TICKS_PER_MS)
-    if hidden < start.hidden_ms:
-        targets, hidden = list(start.targets), start.hidden_ms
-    return Assignment(targets=tuple(targets), hidden_ms=hidden, bound_ms=bound, proven=bool(status == cp_model.OPTIMAL))
+    # A limit may be reached after the bound has come close, and before the solver looks at it.
+    proven = status == cp_model.OPTIMAL or bound - hidden <= max(gap * hidden, rounding_ticks / _TICKS_PER_MS)
+    return Assignment(targets=targets, hidden_ms=hidden, bound_ms=bound, proven=bool(proven))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +149,17 @@ def _add_objective(
         covered.append(model.new_int_var(0, round(available * _TICKS_PER_MS), f"hidden {j}"))
         model.add(covered[j] <= sum(count * ticks for count, ticks in at_j))
     model.maximize(sum(covered))
+
+
+def _targets(groups: Sequence[_Group], counts: dict[tuple[int, int], int], num_units: int) -> tuple[int, ...]:
+    """Of each unit, its all-to-all, when ``counts`` units of a group go to each."""
+    targets = [UNASSIGNED] * num_units
+    for g, group in enumerate(groups):
+        free = iter(group.units)
+        for j in group.at:
+            for _ in range(counts[g, j]):
+                targets[next(free)] = j
+    return tuple(targets)
 
 
 def _check(comm_ms: Sequence[float], unit_ms: Sequence[float], allowed: Sequence[Sequence[int]]) -> None:

@@ -13,8 +13,10 @@ from llmsys.lancet.config import PlannerConfig
 from llmsys.lancet.costs import CostModel
 from llmsys.lancet.drafting import PHASES, Block, Decisions, Drafter
 from llmsys.lancet.graph import Graph, Phase
+from llmsys.lancet.partition import capacity_region
 from llmsys.lancet.plan import Instruction, Join, Plan, Region, Slice
 from llmsys.lancet.planner import Lancet, Planner
+from llmsys.lancet.regions import emit, span
 
 DEGREES = (1, 2, 4, 8)
 """The overlap degrees that the paper tries for Tutel (section 7)."""
@@ -98,8 +100,6 @@ class _Blocks:
 
     def _ranges(self, phase: Phase, degree: int) -> list[Region]:
         """The first all-to-all that has a range to the next one takes it, and so on."""
-        from llmsys.lancet.partition import capacity_region
-
         all_to_alls = [op for op in self.graph.comm_ops("all_to_all") if self.graph.ops[op].phase == phase]
         found, at = [], 0
         while at + 1 < len(all_to_alls):
@@ -111,8 +111,6 @@ class _Blocks:
 
     def emit(self, regions: Sequence[Region]) -> list[Block]:
         """Blocks of the phases of each region, without copies of tensors that exist in the right parts already."""
-        from llmsys.lancet.regions import emit, span
-
         blocks = []
         for number, region in enumerate(regions):
             parts = self._parts(region)

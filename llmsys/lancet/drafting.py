@@ -19,6 +19,7 @@ from llmsys.lancet.labelling import Unit
 from llmsys.lancet.memory import MB, Peak, alive_at, find_peak, kept_alive
 from llmsys.lancet.ordering import Communication, Emitter, defer
 from llmsys.lancet.plan import Estimate, Instruction, Plan, Region, check_plan
+from llmsys.lancet.regions import emit, span
 
 PHASES: tuple[Phase, ...] = ("forward", "backward")
 
@@ -176,23 +177,21 @@ class Drafter:
     def _infeasible(self, planner: str, least: Draft, config: PlannerConfig) -> InfeasibleError:
         captured = self.captured
         names = alive_at(self.graph, least.instructions, least.decisions.regions, least.peak.place)
-        largest = [f"{name} {self.graph.tensors[name].size_bytes / MB:.1f} MB" for name in islice(names, 5)]
+        largest = [f"{name} {self.graph.tensors[name].size_bytes / MB:.4g} MB" for name in islice(names, 5)]
         inputs_mb = sum(tensor.size_bytes for tensor in self.graph.inputs) / MB
         return InfeasibleError(
             f"planner {planner!r} finds no order of graph {self.graph.name!r} within the memory limit",
             expected=f"a peak of at most memory_limit_mb={config.memory_limit_mb:g} MB"
             if config.memory_limit_mb is not None
             else "a peak within the limit",
-            found=f"{least.peak.peak_mb:.1f} MB at the least, {captured.peak.peak_mb:.1f} MB as captured, of which "
-            f"{inputs_mb:.1f} MB are graph inputs; largest tensors alive at the peak: {', '.join(largest)}",
+            found=f"{least.peak.peak_mb:.6g} MB at the least, {captured.peak.peak_mb:.6g} MB as captured, of which "
+            f"{inputs_mb:.6g} MB are graph inputs; largest tensors alive at the peak: {', '.join(largest)}",
             fix="raise memory_limit_mb, lower the batch size, or recompute activations before capture",
         )
 
 
 def emit_blocks(graph: Graph, costs: CostModel, regions: Sequence[Region]) -> list[Block]:
     """A block for each region, by itself."""
-    from llmsys.lancet.regions import emit, span
-
     blocks = []
     for number, region in enumerate(regions):
         first, last = span(graph, region)

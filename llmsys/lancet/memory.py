@@ -72,6 +72,8 @@ class _Lives:
         for block in inputs:
             self._use(place, block)
         for block, tensor in zip(outputs, op.outputs, strict=True):
+            if op.chained and block[2] == LAST and part > 0:
+                self._use(place, (*block[:3], part - 1))
             if makes:
                 shares = inputs[0] if op.is_view and inputs else None
                 self._make(place, block, self._share(tensor.size_bytes, block), shares)
@@ -100,7 +102,7 @@ class _Lives:
     def _join(self, place: int, instruction: Join) -> None:
         parts = self.num_parts[instruction.region]
         blocks = [(instruction.tensor, instruction.region, instruction.axis, part) for part in range(parts)]
-        for block in blocks:
+        for block in blocks[-1:] if instruction.axis == LAST else blocks:
             self._use(place, block)
         size = float(self.graph.tensors[instruction.tensor].size_bytes)
         self._make(place, _whole(instruction.tensor), size, blocks[-1] if instruction.axis == LAST else None)

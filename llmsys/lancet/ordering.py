@@ -31,7 +31,7 @@ def defer(
 
 
 class _Deferral:
-    """``late``: ops that were passed because they miss an input; ``held``: those that have to let units go first."""
+    """``late``: ops that were passed because they miss an input."""
 
     def __init__(self, graph: Graph, ops: Sequence[int], assigned: Mapping[int, Sequence[int]]) -> None:
         self.graph, self.ops, self.assigned = graph, ops, assigned
@@ -43,8 +43,6 @@ class _Deferral:
         # A phase needs nothing of a later one, and an earlier one is over.
         self.missing = [sum(not self.done[earlier] for earlier in before) for before in graph.predecessors]
         self.late: set[int] = set()
-        self.held: list[int] = []
-        self.hiding = False
         self.order: list[int] = []
 
     def run(self) -> tuple[list[int], dict[int, tuple[int, ...]]]:
@@ -64,17 +62,11 @@ class _Deferral:
         return self.order, {op: under for op, under in hidden.items() if under}
 
     def _hide(self, wanted: Sequence[int]) -> tuple[int, ...]:
-        """Emit ``wanted``; what else it sets free runs too, but after it if that would wait for communication."""
+        """Emit ``wanted``, and with it what it sets free; the computation of all that."""
         first = len(self.order)
-        self.hiding = True
         for op in sorted(wanted):
             self._pull(op)
-        self.hiding = False
-        under = tuple(op for op in self.order[first:] if not self.graph.ops[op].is_comm)
-        held, self.held = self.held, []
-        for op in sorted(held):
-            self._emit(op)
-        return under
+        return tuple(op for op in self.order[first:] if not self.graph.ops[op].is_comm)
 
     def _pull(self, wanted: int) -> None:
         """Emit ``wanted`` after all that it needs."""
@@ -101,12 +93,7 @@ class _Deferral:
             for later in self.successors[op]:
                 self.missing[later] -= 1
                 if self.missing[later] == 0 and later in self.late:
-                    waits = any(self.graph.ops[i].is_comm for i in self.graph.predecessors[later])
-                    if self.hiding and waits:
-                        self.late.discard(later)
-                        self.held.append(later)
-                    else:
-                        heapq.heappush(ready, later)
+                    heapq.heappush(ready, later)
 
 
 class Emitter:

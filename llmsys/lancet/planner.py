@@ -15,6 +15,7 @@ from llmsys.lancet.costs import CostModel
 from llmsys.lancet.drafting import Decisions, Draft, Drafter
 from llmsys.lancet.graph import Graph
 from llmsys.lancet.labelling import Candidates, Unit, find_candidates
+from llmsys.lancet.partition import choose_regions
 from llmsys.lancet.plan import Plan
 
 EXACT_GAP = 1e-3
@@ -51,20 +52,13 @@ class Lancet:
     def make(self, graph: Graph, costs: CostModel, config: PlannerConfig) -> Plan:
         drafter = Drafter(graph, costs)
         plain = drafter.draft(Decisions(units={}))
-        drafts = [drafter.captured, plain]
         moved = move_weight_gradients(drafter, plain, config)
-        drafts += moved
+        drafts = [drafter.captured, plain, *moved]
         if config.partition == "dp":
-            from llmsys.lancet.partition import choose_regions
-
             regions, notes = choose_regions(graph, costs, config)
             if regions:
-                for draft in [plain, *moved]:
-                    decisions = draft.decisions
-                    merged = replace(decisions, regions=tuple(regions), notes=(*decisions.notes, *notes))
-                    drafts.append(drafter.draft(merged))
-            elif notes:
-                drafts = [_noted(draft, notes) for draft in drafts]
+                drafts += [drafter.draft(replace(draft.decisions, regions=regions)) for draft in (plain, *moved)]
+            drafts = [_noted(draft, notes) for draft in drafts]
         return drafter.plan(self.name, drafts, config)
 
 

@@ -28,11 +28,18 @@ from tests.lancet.fx_plans import as_captured, random_order, ranged
 NUM_RANKS = 2
 Check = Callable[[], None]
 CHECKS: dict[str, Check] = {}
+ORDERS: list[str] = []
+"""Checks of plans that only reorder; `PARTS`: of plans that cut."""
+PARTS: list[str] = []
 
 
-def check(function: Check) -> Check:
-    CHECKS[function.__name__] = function
-    return function
+def check(names: list[str]) -> Callable[[Check], Check]:
+    def keep(function: Check) -> Check:
+        names.append(function.__name__)
+        CHECKS[function.__name__] = function
+        return function
+
+    return keep
 
 
 def run_checks(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -123,12 +130,12 @@ def backend_of(make: Callable[[Graph], Plan]) -> LancetBackend:
     return LancetBackend(costs=TableCosts(ops_ms={}), planning=Planning(planner=Made(make), timeout_s=60.0))
 
 
-@check
+@check(ORDERS)
 def as_captured_is_bit_equal() -> None:
     compare(backend_of(as_captured), 2)
 
 
-@check
+@check(ORDERS)
 def random_orders_are_bit_equal() -> None:
     for seed in range(2):
         torch._dynamo.reset()
@@ -213,7 +220,7 @@ def partitioned(first: str, last: str, num_parts: int, gate: str, **numbers: int
     assert dist.get_rank() or plans
 
 
-@check
+@check(PARTS)
 def capacity_in_parts() -> None:
     """Tutel's axis: from one all-to-all to the next, forward and backward."""
     partitioned(ALL_TO_ALL, ALL_TO_ALL, 4, "top_k", first_number=0, last_number=1)
@@ -221,19 +228,19 @@ def capacity_in_parts() -> None:
     partitioned(ALL_TO_ALL, ALL_TO_ALL, 2, "top_k", first_number=4, last_number=5)
 
 
-@check
+@check(PARTS)
 def tokens_in_parts_after_the_gate() -> None:
     partitioned(DISPATCH, COMBINE, 2, "batch_prioritized")
 
 
-@check
+@check(PARTS)
 def tokens_in_parts_with_the_gate() -> None:
     for num_parts, gate in ((2, "top_k"), (4, "switch")):
         torch._dynamo.reset()
         partitioned(ROUTE, COMBINE, num_parts, gate)
 
 
-@check
+@check(PARTS)
 def attention_to_attention_in_parts() -> None:
     """From the attention before a layer of experts to the one after it."""
     attention = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -245,7 +252,7 @@ def planned_by(planner: Any, **config: Any) -> Watched:
     return Watched(costs=Ones(), planning=planning)
 
 
-@check
+@check(ORDERS)
 def torch_overlap_is_bit_equal_and_overlaps() -> None:
     backend = planned_by(TorchOverlap())
     compare(backend, 2)
@@ -254,14 +261,14 @@ def torch_overlap_is_bit_equal_and_overlaps() -> None:
     assert plan.estimate.exposed_comm_ms < 0.9 * plan.estimate.comm_ms
 
 
-@check
+@check(ORDERS)
 def weight_gradients_move_and_stay_bit_equal() -> None:
     backend = planned_by(Lancet(), partition="none")
     compare(backend, 2)
     assert any(backend.steps[0].plan.hidden_under.values())
 
 
-@check
+@check(PARTS)
 def lancet_cuts_and_moves() -> None:
     backend = planned_by(Lancet(), max_parts=2)
     compare(backend, 2, tolerance=1e-5)
@@ -270,7 +277,7 @@ def lancet_cuts_and_moves() -> None:
     assert any(is_irregular(op_split.outputs[0]) for op_split in used_splits(backend.steps[0].graph, plan))
 
 
-@check
+@check(PARTS)
 def capacity_pipelining_runs() -> None:
     backend = planned_by(CapacityPipelining(degree=2))
     compare(backend, 2, tolerance=1e-5)

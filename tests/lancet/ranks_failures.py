@@ -227,5 +227,25 @@ def the_public_call_with_measured_costs() -> None:
         torch.testing.assert_close(step(x)[0], layer(x)[0])
     assert step.plan.estimate.step_ms > 0
     assert step.plan.planner == "lancet"
-    print(step.describe())
+    assert "all_to_all_single_1" in step.describe()
     assert next(iter(step.parameters())) is layer.up
+
+
+@check
+def symbolic_sizes_are_planned_once() -> None:
+    """Shapes that change from step to step, compiled with dynamic sizes: reordered, not cut."""
+    ours, eager = (torch.full((4, 4), 0.5, requires_grad=True) for _ in range(2))
+
+    def run(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (exchange(torch.relu(exchange(x @ w) @ w)) @ w).square().sum()
+
+    backend = LancetBackend(costs=Ones(), planning=Planning(planner=Lancet(), timeout_s=60.0))
+    step = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (6, 10, 2):
+        x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
+        step(x, ours).backward()
+        run(x, eager).backward()
+        assert torch.equal(ours.grad, eager.grad)
+    assert len(backend.steps) == 1
+    assert backend.steps[0].captured.has_symbols
+    assert not backend.steps[0].plan.regions

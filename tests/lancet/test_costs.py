@@ -176,6 +176,15 @@ def test_parts_of_computation_cost_at_least_the_whole_in_sum(graph: Graph, costs
     assert num_checked > 300
 
 
+def test_every_part_of_a_matmul_reads_the_whole_weight(graph: Graph, costs: RooflineCosts) -> None:
+    op = graph.ops[graph.index_of["l0.attn.qkv"]]
+    (split,) = op.splits
+    weight = graph.tensors["l0.attn.qkv.weight"].size_bytes + graph.tensors["l0.attn.qkv.bias"].size_bytes
+    again_ms = costs.kernels.read * weight / (costs.device.memory_bandwidth_gb_per_s * 1e6) + costs.kernels.launch_ms
+    overhead_ms = 4 * costs.op_ms(graph, op, 4, split) - costs.op_ms(graph, op)
+    assert overhead_ms == pytest.approx(3 * again_ms)
+
+
 def test_larger_tensors_cost_more(costs: RooflineCosts) -> None:
     def total(batch: int) -> dict[str, float]:
         step = build_step(StepConfig(model=moe_model("gpt2_s_moe"), num_gpus=16, batch_per_gpu=batch))

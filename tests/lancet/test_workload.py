@@ -145,6 +145,22 @@ def test_a_weight_gradient_has_no_path_to_the_all_to_alls_of_earlier_layers() ->
     assert not graph.independent(first, graph.index_of["l1.moe.experts.down.dw.backward"])
 
 
+@pytest.mark.parametrize("model", [SMALL, SMALL_GATED], ids=lambda model: model.name)
+def test_both_gradients_of_an_op_come_from_the_gradient_of_its_output(model: MoEModel) -> None:
+    graph = build_step(step(model))
+    pairs = [(op, op.name.replace(".dx.", ".dw.")) for op in graph.ops if ".dx." in op.name]
+    pairs = [(dx, graph.ops[graph.index_of[name]]) for dx, name in pairs if name in graph.index_of]
+    assert len(pairs) > 10 * model.num_layers - 10
+    for dx, dw in pairs:
+        (shared,) = {name for name in {*dx.inputs} & {*dw.inputs} if name not in forward_tensors(graph)}
+        assert ".backward" in shared or shared == "hidden_grad"
+
+
+def forward_tensors(graph: Graph) -> set[str]:
+    made = {tensor.name for index in graph.select("forward") for tensor in graph.ops[index].outputs}
+    return made | {tensor.name for tensor in graph.inputs if tensor.name != "hidden_grad"}
+
+
 def test_gradients_are_all_reduced_only_if_asked_and_never_the_experts() -> None:
     plain, reduced = build_step(step()), build_step(step(data_parallel=True))
     assert plain.comm_ops("collective") == ()

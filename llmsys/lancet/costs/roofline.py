@@ -71,9 +71,9 @@ class RooflineCosts:
     "mm"); a matmul whose ``flops`` are 0 is counted from its shapes.
 
     An all-to-all is read from ``messages`` at the bytes of one part: the static rule C / n of the paper, which counts
-    padding. ``skew`` replaces it for irregular parts: what is sent is the rows of the busiest device, in buffers of the
-    fullest expert, and a dispatch is preceded by the exchange of counts, an all-to-all of the least size. Which way an
-    all-to-all goes its ``cost_key`` says: "combine" at its start, or else dispatch.
+    padding. ``skew`` replaces it for irregular parts: sent are the rows of the busiest link, computed on are buffers as
+    full as the fullest expert, and a dispatch is preceded by the exchange of counts, an all-to-all of the least size.
+    Which way an all-to-all goes its ``cost_key`` says: "combine" at its start, or else dispatch.
 
     ``free_joins``: parts write into the place of the whole tensor, so that joins along dimension 0 cost nothing.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from datetime import timedelta
 from itertools import count, zip_longest
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from llmsys.core.errors import DeadlineError, InputError, LlmsysError
 
+_AT_ONCE_S = 0.01
 _CHUNK_BYTES = 4 << 20  # below the largest message of torch's store
-_numbers: dict[tuple[int, ...], count[int]] = {}
+_numbers: dict[str, count[int]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +50,9 @@ def agree(
     DeadlineError naming that one.
     """
     ranks = tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
-    number = next(_numbers.setdefault(ranks, count()))
-    prefix = f"llmsys/lancet/{'-'.join(map(str, ranks)) if group is not None else 'all'}/{number}"
-    exchange = _Exchange(dist.PrefixStore(prefix, _get_default_store()), ranks, deadlines or Deadlines())
+    name = "-".join(map(str, ranks)) if group is not None else "all"
+    prefix = f"llmsys/lancet/{name}/{next(_numbers.setdefault(name, count()))}"
+    exchange = _Exchange(PrefixStore(prefix, _get_default_store()), ranks, deadlines or Deadlines())
     if dist.get_rank() == ranks[0]:
         return exchange.lead(lines, make, error)
     return exchange.follow(lines, error)
@@ -59,7 +61,7 @@ def agree(
 class _Exchange:
     """Keys: ``digest<rank>`` and ``lines<rank>`` of each rank, ``verdict`` and ``made`` of the first."""
 
-    def __init__(self, store: dist.Store, ranks: tuple[int, ...], deadlines: Deadlines) -> None:
+    def __init__(self, store: Store, ranks: tuple[int, ...], deadlines: Deadlines) -> None:
         self._store = store
         self._ranks = ranks
         self._deadlines = deadlines
@@ -86,11 +88,13 @@ class _Exchange:
         self._put(f"digest{own}", _packed(_told(error, own)) if error is not None else _digest(text))
         if error is not None:
             raise error
+        answer = ""
         for key, limit_s in (("verdict", self._deadlines.compare_s), ("made", self._deadlines.plan_s)):
             # The first rank itself waits until the deadline; then it tells, and this needs a moment.
-            answer = self._get(key, 1.25 * limit_s + 5.0)
-            if answer is None:
+            received = self._get(key, 1.25 * limit_s + 5.0)
+            if received is None:
                 raise self._late([self._ranks[0]], "its comparison of the graphs" if key == "verdict" else "its plan")
+            answer = received
             if answer and not answer.startswith("="):
                 raise _unpacked(answer)
         return answer.removeprefix("=")
@@ -98,11 +102,11 @@ class _Exchange:
     def _compare(self, lines: Sequence[str]) -> LlmsysError | None:
         text = "\n".join(lines)
         others = self._ranks[1:]
-        waiting_s = self._deadlines.compare_s
-        found = {}
-        late = []
+        end_s = time.monotonic() + self._deadlines.compare_s
+        found: dict[int, str] = {}
+        late: list[int] = []
         for rank in others:
-            answer = self._get(f"digest{rank}", 0.01 if late else waiting_s)
+            answer = self._get(f"digest{rank}", max(_AT_ONCE_S, end_s - time.monotonic()))
             if answer is None:
                 late.append(rank)
             else:
@@ -114,7 +118,7 @@ class _Exchange:
             return self._late(late, "their graphs")
         for rank, answer in found.items():
             if answer != _digest(text):
-                theirs = self._get(f"lines{rank}", waiting_s) or ""
+                theirs = self._get(f"lines{rank}", self._deadlines.compare_s) or ""
                 return _difference(self._ranks[0], lines, rank, theirs.split("\n"))
         return None
 

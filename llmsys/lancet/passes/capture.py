@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, count
 
 from torch import fx
 
@@ -32,7 +33,9 @@ from llmsys.lancet.passes.operators import (
     is_view,
     is_wait,
     layer_of,
+    reads_sizes,
     remove_dead,
+    target_name,
     tensor_of,
 )
 from llmsys.lancet.passes.rules import is_chained, raw_splits
@@ -71,7 +74,7 @@ class Captured:
         """What must be equal on all ranks: the graph, or where sizes are guesses, the operators with their symbols."""
         if not self.has_symbols:
             return list(self.graph.lines())
-        return [f"{op.name}: {op.target} {op.cost_key}" for op in self.graph.ops]
+        return [f"{op.name}: {op.cost_key} of {', '.join(op.inputs)} {op.kind} {op.group}" for op in self.graph.ops]
 
 
 def capture(forward: fx.GraphModule, backward: fx.GraphModule | None = None, *, name: str = "step") -> Captured:
@@ -119,6 +122,8 @@ class _Reader:
         self.lanes: dict[str, str] = {}
         self.has_symbols = False
         self._taken: set[str] = set()
+        self._op_names: set[str] = set()
+        self._folded: set[fx.Node] = set()  # results of ops that were read
         self._phase: Phase = "forward"
         self._saved: dict[str, str] = {}
         self._num_ranks: dict[fx.Node, int] = {}
@@ -135,7 +140,7 @@ class _Reader:
         for node in nodes:
             if node.op in ("placeholder", "get_attr"):
                 self._read_input(node)
-            elif node.op != "output" and node not in self.names:
+            elif node.op != "output" and node not in self._folded:
                 self._read_op(node)
         if phase == "forward":
             self._saved = {n.name: self.names[n] for n in _returned(module)}
@@ -149,16 +154,12 @@ class _Reader:
         self.inputs.append(tensor)
         self.names[node] = tensor.name
 
-    def _new_name(self, wanted: str) -> str:
-        name = wanted if self._phase == "forward" else f"{wanted}_bw"
-        if self._phase == "backward" and wanted not in self._taken:
-            name = wanted
-        number = 1
-        base = name
-        while name in self._taken:
-            number += 1
-            name = f"{base}_{number}"
-        self._taken.add(name)
+    def _new_name(self, wanted: str, taken: set[str] | None = None) -> str:
+        """``wanted``, or a like name if another tensor has it: of both passes, a node may have the same name."""
+        taken = self._taken if taken is None else taken
+        others = (f"{wanted}_{'bw' if self._phase == 'backward' else 'fw'}{number or ''}" for number in count())
+        name = next(name for name in chain([wanted], others) if name not in taken)
+        taken.add(name)
         return name
 
     def _read_op(self, node: fx.Node) -> None:
@@ -171,9 +172,10 @@ class _Reader:
             )
         kind = collective_kind(node)
         results, made = self._results(node, waited=kind != "compute")
+        self._folded.update(results)
         outputs = []
         for place, holders in made.items():
-            tensor = tensor_of(node, self._new_name(holders[0].name), outputs_of(node)[place])
+            tensor = tensor_of(node, self._new_name(holders[-1].name), outputs_of(node)[place])
             outputs.append(tensor)
             self.names.update(dict.fromkeys(holders, tensor.name))
         self._append(node, kind, results, tuple(made), tuple(outputs))
@@ -181,7 +183,8 @@ class _Reader:
     def _results(self, node: fx.Node, *, waited: bool) -> tuple[tuple[fx.Node, ...], dict[int, list[fx.Node]]]:
         """The getitems and waits of a node in order, and of each used result the nodes that hold it.
 
-        A result is held by the node itself where it has one, else by its getitems; if ``waited``, by their waits.
+        A result is held by the node itself where it has one, else by its getitems; if ``waited``, also by their waits.
+        The latter have it last, so a result of communication is named after its wait.
         """
         values = node.meta.get("val")
         several = isinstance(values, tuple | list)
@@ -191,11 +194,11 @@ class _Reader:
         results: list[fx.Node] = [user for _, user in starts if user is not node]
         made: dict[int, list[fx.Node]] = {}
         for place, start in starts:
-            waits = [user for user in start.users if is_wait(user)] if waited else [start]
-            if waited and (len(waits) < len(start.users) or not waits):
+            waits = [user for user in start.users if is_wait(user)] if waited else []
+            if waited and (not waits or not all(is_wait(user) or reads_sizes(user) for user in start.users)):
                 raise self._never_waited(node, start)
-            made.setdefault(place, []).extend(waits)
-            results += [wait for wait in waits if wait is not start]
+            made.setdefault(place, []).extend([start, *waits])
+            results += waits
         return tuple(results), dict(sorted(made.items()))
 
     def _never_waited(self, node: fx.Node, start: fx.Node) -> InputError:
@@ -210,18 +213,17 @@ class _Reader:
     def _append(
         self, node: fx.Node, kind: Kind, results: tuple[fx.Node, ...], places: tuple[int, ...], made: tuple[Tensor, ...]
     ) -> None:
-        call = Call.of(node)
         inputs = tuple(self.names[n] for n in operands(node))
         symbolic = any(map(has_symbols, (v for n in (node, *operands(node)) for v in outputs_of(n))))
         self.has_symbols |= symbolic
         op = Op(
-            name=made[0].name if made else self._new_name(node.name),
+            name=self._new_name(node.name, self._op_names),
             kind=kind,
-            target=str(node.target),
+            target=target_name(node),
             inputs=inputs,
             outputs=made,
             phase=self._phase,
-            splits=() if symbolic or is_random(node) else self._splits(call, inputs, places, made),
+            splits=() if symbolic or is_random(node) else self._splits(Call.of(node), inputs, places, made),
             chained=is_chained(node.target),
             is_view=is_view(node),
             random=is_random(node),

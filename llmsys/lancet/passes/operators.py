@@ -33,6 +33,9 @@ _COLLECTIVES = (
 )
 _WAIT = "wait_tensor"
 _HIDDEN_VIEWS = ("aten._unsafe_view.default",)
+_COUNTED_AS = {  # torch counts these by other names only
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": torch.ops.aten._scaled_dot_product_flash_attention,
+}
 _LAYER = re.compile(r"(?:layers?|h|blocks?|layer_list)\W+(\d+)")
 
 
@@ -57,6 +60,11 @@ def collective_kind(node: fx.Node) -> Kind:
 def is_wait(node: fx.Node) -> bool:
     namespace, name = _operator(node)
     return namespace in _FUNCTIONAL and name == _WAIT
+
+
+def reads_sizes(node: fx.Node) -> bool:
+    """Whether the node asks for a tensor's shape only, which is there before its contents."""
+    return _operator(node)[1].startswith("sym_")
 
 
 def is_ordered(node: fx.Node) -> bool:
@@ -131,6 +139,13 @@ def group_size_of(node: fx.Node) -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def target_name(node: fx.Node) -> str:
+    """What a node calls, the same text in every process."""
+    if node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
+        return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', node.target)}"
+    return str(node.target)
+
+
 def tensor_of(node: fx.Node, name: str, value: Any) -> Tensor:
     if isinstance(value, torch.Tensor):
         shape = tuple(size_of(n) for n in value.shape)
@@ -155,7 +170,7 @@ def cost_key(node: fx.Node) -> str:
     if collective_kind(node) != "compute":
         args = args[:-1]  # the group's own name: it is no cost
     text = ", ".join([*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())])
-    return f"{node.target}({text})"
+    return f"{target_name(node)}({text})"
 
 
 class _Shown:
@@ -172,7 +187,7 @@ class _Shown:
 
 def flops_of(node: fx.Node) -> float:
     """Floating-point operations by torch's own formulas; 0 for an operator without one."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet = _COUNTED_AS.get(str(node.target), getattr(node.target, "overloadpacket", None))
     if packet not in flop_registry or any(map(has_symbols, outputs_of(node))):
         return 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -44,22 +45,28 @@ class Planning:
         return Deadlines(compare_s=self.timeout_s, plan_s=self.planning_timeout_s)
 
 
-def plan_step(captured: Captured, costs: CostModel, planning: Planning) -> Plan:
+CostSource = CostModel | Callable[[Captured], CostModel]
+"""Costs, or what makes them of a captured step: called on every rank, so that all can measure together."""
+
+
+def plan_step(captured: Captured, costs: CostSource, planning: Planning) -> Plan:
     """The first rank's plan, by its ``costs``, for the step that all ranks have captured. All call it together.
 
     Blocks. Raises, on every rank alike, what `agreement.agree` lists, and PlanError for a plan that cannot run.
     """
+    agree(captured.lines(), str, group=planning.group, deadlines=planning.deadlines)
+    found = costs(captured) if callable(costs) else costs
 
     def make() -> str:
         planner = planning.planner
         if isinstance(planner, ModulePlanner):
-            plan = planner.make_from_modules(captured, costs, planning.config)
+            plan = planner.make_from_modules(captured, found, planning.config)
         else:
-            plan = planner.make(captured.graph, costs, planning.config)
+            plan = planner.make(captured.graph, found, planning.config)
         check_plan(plan, captured.graph)
         return to_text(plan)
 
-    text = agree(captured.lines(), make, group=planning.group, deadlines=planning.deadlines)
+    text = agree([captured.graph.name], make, group=planning.group, deadlines=planning.deadlines)
     plan = from_text(text)
     if captured.has_symbols:  # guesses of sizes are a rank's own; what agree compared does not hold them
         plan = replace(plan, fingerprint=captured.graph.fingerprint)

@@ -8,14 +8,16 @@ functional collectives on the part. Every node of an instruction has it in ``met
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import fx
 
 from llmsys.core.errors import PlanError
-from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Op, Phase, Split, dimension_of, is_irregular
-from llmsys.lancet.passes.calls import Call, outputs_of, place_of
+from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Graph, Op, Phase, Split, dimension_of, is_irregular
+from llmsys.lancet.passes.calls import Call, operands, outputs_of, place_of
 from llmsys.lancet.passes.capture import Captured
 from llmsys.lancet.passes.layout import irregular_order
 from llmsys.lancet.passes.pieces import (
@@ -30,7 +32,6 @@ from llmsys.lancet.passes.pieces import (
 )
 from llmsys.lancet.passes.rules import CHAINED, SQUEEZES, VIEWS_BY_SIZE, squeezed
 from llmsys.lancet.plan import WHOLE, Instruction, Join, Plan, Run, Slice, Start, Wait
-from llmsys.lancet.runtime import irregular
 
 _aten = torch.ops.aten
 _SIZES_AT = dict.fromkeys((*VIEWS_BY_SIZE, "aten.expand.default", "aten.slice_backward.default"), 1) | {
@@ -38,8 +39,10 @@ _SIZES_AT = dict.fromkeys((*VIEWS_BY_SIZE, "aten.expand.default", "aten.slice_ba
 }
 
 
-def rewrite(captured: Captured, plan: Plan) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+def rewrite(captured: Captured, plan: Plan, irregular: ModuleType) -> tuple[fx.GraphModule, fx.GraphModule | None]:
     """The forward and the backward module that execute ``plan``; those of ``captured`` are left as they are.
+
+    ``irregular``: the module whose functions run parts of a size that only the run knows, `runtime.irregular`.
 
     Raises PlanError for a plan of another graph, and for an instruction whose inputs are not there yet.
     """
@@ -50,21 +53,29 @@ def rewrite(captured: Captured, plan: Plan) -> tuple[fx.GraphModule, fx.GraphMod
             found=f"{plan.fingerprint}, of graph {plan.graph_name!r}",
             fix="plan the captured graph again",
         )
-    phases = [_phase_of(captured, plan, instruction) for instruction in plan.instructions]
+    phases = _phases(captured.graph, plan)
     if "backward" in phases and "forward" in phases[phases.index("backward") :]:
         late = len(phases) - 1 - phases[::-1].index("forward")
         raise _refused(plan, plan.instructions[late], "all of the forward before the backward", "it comes after some")
-    forward = _Writer(captured, plan, "forward").write(captured.forward)
-    backward = None
-    if captured.backward is not None:
-        backward = _Writer(captured, plan, "backward").write(captured.backward)
-    return forward, backward
+    first_backward = phases.index("backward") if "backward" in phases else len(phases)
+    halves = plan.instructions[:first_backward], plan.instructions[first_backward:]
+    forward = _Writer(captured, plan, irregular, "forward").write(captured.forward, halves[0])
+    if captured.backward is None:
+        return forward, None
+    return forward, _Writer(captured, plan, irregular, "backward").write(captured.backward, halves[1])
 
 
-def _phase_of(captured: Captured, plan: Plan, instruction: Instruction) -> Phase:
-    if isinstance(instruction, Slice | Join):
-        return captured.graph.ops[plan.regions[instruction.region].ops[0]].phase
-    return captured.graph.ops[instruction.op].phase
+def _phases(graph: Graph, plan: Plan) -> list[Phase]:
+    """Of each instruction: a join is where the tensor is made, a slice where it is used, which is what comes next."""
+    phases: list[Phase] = []
+    following: Phase = "backward"
+    for instruction in reversed(plan.instructions):
+        if not isinstance(instruction, Slice | Join):
+            following = graph.ops[instruction.op].phase
+        elif isinstance(instruction, Join):
+            following = graph.ops[graph.producers[instruction.tensor]].phase
+        phases.append(following)
+    return phases[::-1]
 
 
 def _refused(plan: Plan, instruction: Instruction, expected: str, found: str) -> PlanError:
@@ -87,9 +98,10 @@ class _Rows:
 class _Writer:
     """Writes the instructions of one phase."""
 
-    def __init__(self, captured: Captured, plan: Plan, phase: Phase) -> None:
+    def __init__(self, captured: Captured, plan: Plan, irregular: ModuleType, phase: Phase) -> None:
         self._captured = captured
         self._plan = plan
+        self._irregular = irregular
         self._phase: Phase = phase
         self._graph = fx.Graph()
         self._whole: dict[str, fx.Node] = {}
@@ -106,18 +118,27 @@ class _Writer:
             for op, place in zip(region.ops, region.splits, strict=True)
         }
 
-    def write(self, module: fx.GraphModule) -> fx.GraphModule:
+    def write(self, module: fx.GraphModule, instructions: Sequence[Instruction]) -> fx.GraphModule:
         for node in module.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 self._whole[self._captured.names[node]] = self._copy(node)
-        for instruction in self._plan.instructions:
-            if _phase_of(self._captured, self._plan, instruction) == self._phase:
-                first = next(reversed(self._graph.nodes), None)
-                self._write(instruction)
-                self._mark(first, instruction)
+        for instruction in instructions:
+            first = next(reversed(self._graph.nodes), None)
+            self._write(instruction)
+            self._mark(first, instruction)
+        self._join_saved(module)
         self._copy(module.graph.output_node())
         self._graph.lint()
         return fx.GraphModule(module, self._graph)
+
+    def _join_saved(self, module: fx.GraphModule) -> None:
+        """What the backward uses in the parts that the forward made passes between the two as a whole."""
+        for node in operands(module.graph.output_node()):
+            name = self._captured.names[node]
+            made = {key[:3] for key in self._parts if key[1] == name}
+            if name not in self._whole and made:
+                number, _, axis = made.pop()
+                self._join(Join(region=number, tensor=name, axis=axis))
 
     def _mark(self, first: fx.Node | None, instruction: Instruction) -> None:
         for node in reversed(self._graph.nodes):
@@ -203,6 +224,9 @@ class _Writer:
                 part = self._whole_of(name, instruction)
             else:
                 part = self._parts.get((number, name, axis, instruction.part))
+            if part is None and axis >= 0 and self._phase == "backward" and name in self._whole:
+                self._slice(Slice(region=number, tensor=name, axis=axis))  # see _join_saved
+                part = self._parts[number, name, axis, instruction.part]
             if part is None:
                 found_text = f"none of its input {name!r}"
                 raise _refused(self._plan, instruction, "an earlier instruction that makes the part", found_text)
@@ -217,10 +241,10 @@ class _Writer:
         self, op: Op, node: fx.Node, inputs: list[fx.Node], rows: _Rows | None
     ) -> tuple[fx.Node, _Rows | None]:
         if rows is None:
-            made = self._graph.call_function(irregular.dispatch, (*inputs, node.args[3]))
+            made = self._graph.call_function(self._irregular.dispatch, (*inputs, node.args[3]))
             buffer, sent = (self._graph.call_function(operator.getitem, (made, place)) for place in (0, 1))
             return buffer, _Rows(rows=sent)
-        return self._graph.call_function(irregular.combine, (*inputs, rows.rows)), None
+        return self._graph.call_function(self._irregular.combine, (*inputs, rows.rows)), None
 
     def _run_operator(self, instruction: Run, op: Op, node: fx.Node, inputs: list[fx.Node]) -> fx.Node:
         """The captured call with a part's inputs, and with its sizes where sizes are an argument."""
@@ -253,9 +277,9 @@ class _Writer:
             assert callable(node.target)
             started = self._graph.call_function(node.target, (dense, *node.args[1:]))
         elif rows.sent is None:
-            started = self._graph.call_function(irregular.start, (part, rows.rows, group, name))
+            started = self._graph.call_function(self._irregular.start, (part, rows.rows, group, name))
         else:
-            started = self._graph.call_function(irregular.start_back, (part, rows.rows, rows.sent, group, name))
+            started = self._graph.call_function(self._irregular.start_back, (part, rows.rows, rows.sent, group, name))
         self._started[instruction.op, instruction.part] = started
 
     def _wait_part(self, instruction: Wait) -> None:
@@ -269,11 +293,11 @@ class _Writer:
         if rows is None:
             part = call(torch.ops._c10d_functional.wait_tensor.default, (started,))
         elif rows.sent is None:
-            made = call(irregular.wait, (started,))
+            made = call(self._irregular.wait, (started,))
             part = call(operator.getitem, (made, 0))
             rows = _Rows(rows=call(operator.getitem, (made, 1)), sent=rows.rows)
         else:
-            part = call(irregular.wait_back, (started,))
+            part = call(self._irregular.wait_back, (started,))
             rows = _Rows(rows=rows.sent)
         self._keep(number, op.outputs[0].name, split.outputs[0], instruction.part, part, rows)
 
@@ -312,11 +336,12 @@ class _Writer:
             cut = cut_in(self._captured, name, axis)
             bounds = part_bounds(cut, num_parts, self._units[number])
             whole = cat_parts(self._graph, parts, value, axis, cut, bounds)
+        whole.meta["val"] = value
         self._whole[name] = whole
 
     def _join_rows(self, name: str, parts: list[fx.Node], rows: list[fx.Node], value: torch.Tensor) -> fx.Node:
         layout, shape = self._captured.layouts[name], tuple(int(n) for n in value.shape)
         capacity = next(factor.size for factor in layout if factor.name == "c")
         order = irregular_order(shape, layout)
-        joined = self._graph.call_function(irregular.join, (parts, rows, capacity, order), {"shape": shape})
+        joined = self._graph.call_function(self._irregular.join, (parts, rows, capacity, order), {"shape": shape})
         return with_strides(self._graph, joined, value)

@@ -200,6 +200,12 @@ def pieces(place: int) -> Rule:
     return rule
 
 
+def stack(call: Call) -> Iterator[Split]:
+    new = call.argument(1, "dim", 0) % len(call.outputs[0])
+    for axis in range(len(call.inputs[0])):
+        yield Split(inputs=(axis,) * len(call.inputs), outputs=(axis + (axis >= new),))
+
+
 def select_backward(call: Call) -> Iterator[Split]:
     new = call.argument(2, "dim") % len(call.outputs[0])
     for axis in range(len(call.inputs[0])):
@@ -276,6 +282,7 @@ RULES: dict[str, Rule] = {
     **_VIEWS,
     "aten._to_copy.default": pointwise,
     "aten.cat.default": pieces(1),
+    "aten.stack.default": stack,
     "aten.slice_backward.default": pieces(2),
     "aten.select_backward.default": select_backward,
     **dict.fromkeys(("aten._softmax.default", "aten._log_softmax.default", "aten.cumsum.default"), mixing(1)),

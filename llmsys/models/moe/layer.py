@@ -58,17 +58,7 @@ class MoELayer(nn.Module):
         if config.gate != "random":
             weights = seeded_normal((config.num_experts, config.hidden), config.init_std, *key, "router")
             self.router = nn.Parameter(weights)
-        self.shared: FeedForward | None = None
-        if config.shared_ffn_hidden:
-            self.shared = FeedForward(
-                config.hidden,
-                config.shared_ffn_hidden,
-                activation=config.activation,
-                bias=False,
-                std=config.init_std,
-                output_std=down_std,
-                key=(*key, "shared"),
-            )
+        self.shared = _shared_expert(config, down_std, (*key, "shared")) if config.shared_ffn_hidden else None
 
     def _experts(self, shape: tuple[int, int], std: float, *key: object) -> nn.Parameter:
         return nn.Parameter(torch.stack([seeded_normal(shape, std, *key, expert) for expert in self.expert_ids]))
@@ -125,3 +115,15 @@ class MoELayer(nn.Module):
         ids = torch.arange(num_experts, device=experts.device)
         share = (experts.unsqueeze(2) == ids).to(scores.dtype).mean(dim=(0, 1))
         return self.config.aux_loss_weight * num_experts * (share * scores.mean(dim=0)).sum()
+
+
+def _shared_expert(config: MoEConfig, down_std: float, key: tuple[object, ...]) -> FeedForward:
+    return FeedForward(
+        config.hidden,
+        config.shared_ffn_hidden,
+        activation=config.activation,
+        bias=False,
+        std=config.init_std,
+        output_std=down_std,
+        key=key,
+    )

@@ -1,0 +1,20 @@
+"""Plans that cut, on two gloo ranks that are started once: routing, slots and drops equal, numbers within 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmsys.comm.launch import launch
+from tests.lancet import ranks_backend as ranks
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, str | None]]:
+    return launch(ranks.run_checks, ranks.NUM_RANKS, tuple(ranks.PARTS), timeout_s=280.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ranks.PARTS)
+def test_on_two_ranks(name: str, found: list[dict[str, str | None]]) -> None:
+    failures = [f"rank {rank}: {of_rank[name]}" for rank, of_rank in enumerate(found) if of_rank[name] is not None]
+    assert not failures, "\n".join(failures)

@@ -67,11 +67,12 @@ struct Peer {
 
     // UCX. The callbacks hold a pointer to this object, so it lives until the three counts are 0.
     ucp_ep_h endpoint = nullptr;
-    std::int64_t num_operations = 0;  // gets and puts in flight
-    std::int64_t num_sends = 0;       // active messages in flight
+    std::vector<ucp_ep_h> unused_endpoints;  // made to come to the same count as the peer
+    std::int64_t num_operations = 0;         // gets and puts in flight
+    std::int64_t num_sends = 0;              // active messages in flight
     bool flushing = false;
     std::int64_t close_at_ns = 0;  // when an ending closes the endpoint, if UCX gives it up no sooner
-    void* close_request = nullptr;
+    std::vector<void*> close_requests;
     std::string endpoint_error;  // set by UCX's callback, acted upon by the loop
     std::int64_t endpoint_failed_ns = 0;
     std::int64_t moved_ns = 0;    // when UCX last finished something, or got something to do when it had nothing

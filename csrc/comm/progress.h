@@ -115,7 +115,8 @@ class Progress {
     void enqueue(std::unique_ptr<Transaction> transaction);
 
     // progress_peers.cpp: life and death of connections.
-    void create_endpoint(Peer& peer);
+    void create_endpoints(Peer& peer, std::uint64_t num_made_by_peer);
+    ucp_ep_h create_endpoint(Peer& peer, bool used);
     void read_socket(Peer& peer);
     void handle_frame(Peer& peer, const Frame& frame);
     void send_frame(Peer& peer, FrameKind kind, std::uint64_t sequence);
@@ -123,7 +124,7 @@ class Progress {
     void check_peer(Peer& peer, std::int64_t now_ns);
     void check_stall(Peer& peer, std::int64_t now_ns);
     void begin_ending(Peer& peer, Ending ending, const std::string& reason);
-    void close_endpoint(Peer& peer);
+    void close_endpoints(Peer& peer);
     void complete_ending(Peer& peer);
     void fail_transaction(Peer& peer, std::unique_ptr<Transaction> transaction);
     Peer& peer(std::int64_t id);
@@ -170,6 +171,7 @@ class Progress {
 
     std::unordered_map<std::int64_t, std::unique_ptr<Peer>> peers_;
     std::unordered_map<std::uint64_t, Peer*> by_token_;
+    std::unordered_map<std::uint64_t, std::uint64_t> num_endpoints_made_;  // by the engine they lead to
     std::vector<std::int64_t> turn_;  // ids of living peers, in the order of their turns
     std::int64_t next_heartbeat_ns_ = 0;
     std::int64_t next_check_ns_ = 0;

@@ -18,9 +18,10 @@ constexpr std::int64_t kGraceNs = 100'000'000;
 // How long UCX has to find out by itself that a connection it is still making will not come about. Taking one down in
 // the middle of that crashed UCX 1.22 in ucp_worker_discard_uct_ep, seen once in some thousand fault rounds.
 constexpr std::int64_t kConnectGraceNs = 200'000'000;
-// UCX has so many leases of time to finish some operation or message while the control connection works. UCX 1.22 over
-// TCP leaves a new connection to a process that was just lost waiting for ever, about once in a hundred times.
+// UCX has so many leases of time to finish some operation or message while the control connection works.
 constexpr std::int64_t kStallLeases = 2;
+// More endpoints that one side has made alone than connection attempts fail between two processes.
+constexpr std::uint64_t kMaxUnusedEndpoints = 4096;
 // How often an ending that waits for UCX is looked at, besides UCX's own events.
 constexpr std::int64_t kDrainCheckNs = 5'000'000;
 
@@ -57,7 +58,6 @@ void Progress::add_peer(std::int64_t id, PeerArguments arguments, ControlSocket 
         std::make_unique<Peer>(ucx_, id, std::move(arguments), std::move(socket), options_.lease_ns, boottime_ns());
     const std::uint64_t token = added->arguments.token_in;
     LLMSYS_CHECK(!by_token_.contains(token), "token_in " << token << " belongs to a peer already");
-    create_endpoint(*added);
     added->cma = options_.cma && added->arguments.probe && verify(*added->arguments.probe) == 0;
     epoll_event event{};
     event.events = EPOLLIN;
@@ -68,20 +68,43 @@ void Progress::add_peer(std::int64_t id, PeerArguments arguments, ControlSocket 
     by_token_.emplace(token, &made);
     turn_.push_back(id);
     next_check_ns_ = 0;
+    send_frame(made, FrameKind::endpoints, num_endpoints_made_[made.arguments.address.engine]);
     send_frame(made, FrameKind::heartbeat, made.liveness.next_heartbeat(boottime_ns()));
 }
 
-void Progress::create_endpoint(Peer& made) {
+// UCX tells connections of two workers apart by counting endpoints on both sides, so an endpoint made on one side only,
+// for a peer that did not answer, makes the next ones meet the remains of former connections and wait for ever. Both
+// sides say how many they have made, and the one with fewer makes up for it.
+void Progress::create_endpoints(Peer& made, std::uint64_t num_made_by_peer) {
+    std::uint64_t& num_made = num_endpoints_made_[made.arguments.address.engine];
+    if (num_made_by_peer > num_made + kMaxUnusedEndpoints) {
+        begin_ending(made, Ending::lost,
+                     "it says it has made " + std::to_string(num_made_by_peer) +
+                         " endpoints to this one, which has made " + std::to_string(num_made));
+        return;
+    }
+    try {
+        for (; num_made < num_made_by_peer; ++num_made) made.unused_endpoints.push_back(create_endpoint(made, false));
+        made.endpoint = create_endpoint(made, true);
+        ++num_made;
+    } catch (const UcxError& error) {
+        begin_ending(made, Ending::lost, error.what());
+    }
+}
+
+ucp_ep_h Progress::create_endpoint(Peer& made, bool used) {
     ucp_ep_params_t params{};
     params.field_mask =
         UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
     params.address = reinterpret_cast<const ucp_address_t*>(made.arguments.address.ucx_address.data());
     // Without this mode a dead peer leaves operations that never end and cannot be cancelled.
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-    params.err_handler.cb = &Progress::on_endpoint_error;
+    params.err_handler.cb = used ? &Progress::on_endpoint_error : [](void*, ucp_ep_h, ucs_status_t) {};
     params.err_handler.arg = &made;
-    ucx_.check(ucx_.ucp_ep_create(context_.worker(), &params, &made.endpoint),
+    ucp_ep_h endpoint = nullptr;
+    ucx_.check(ucx_.ucp_ep_create(context_.worker(), &params, &endpoint),
                "connecting to peer '" + made.arguments.name + "'");
+    return endpoint;
 }
 
 void Progress::on_endpoint_error(void* argument, ucp_ep_h, ucs_status_t status) noexcept {
@@ -128,10 +151,13 @@ void Progress::handle_frame(Peer& from, const Frame& frame) {
             send_frame(from, FrameKind::ack, frame.sequence);
             break;
         case FrameKind::ack:
-            if (!from.liveness.answered(frame.sequence)) break;
+            if (from.endpoint == nullptr || !from.liveness.answered(frame.sequence)) break;
             from.state = PeerState::established;
             events_->push(EstablishedEvent{from.id});
             deliver_in_order(from);
+            break;
+        case FrameKind::endpoints:
+            if (from.endpoint == nullptr) create_endpoints(from, frame.sequence);
             break;
         case FrameKind::bye:
             begin_ending(from, Ending::left, "it left in good order");
@@ -200,28 +226,32 @@ void Progress::begin_ending(Peer& ended, Ending ending, const std::string& reaso
     // Nothing can be in flight on a connection that is still being made.
     const bool wait = ended.state == PeerState::connecting && ended.endpoint_error.empty();
     ended.close_at_ns = wait ? boottime_ns() + kConnectGraceNs : 0;
-    if (!wait) close_endpoint(ended);
+    if (!wait) close_endpoints(ended);
     next_check_ns_ = 0;
 }
 
-void Progress::close_endpoint(Peer& ended) {
+void Progress::close_endpoints(Peer& ended) {
     ucp_request_param_t param{};
     param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-    void* closing = ucx_.ucp_ep_close_nbx(ended.endpoint, &param);
-    ended.endpoint = nullptr;
-    if (UCS_PTR_IS_PTR(closing)) ended.close_request = closing;
+    auto endpoints = std::exchange(ended.unused_endpoints, {});
+    if (ended.endpoint != nullptr) endpoints.push_back(std::exchange(ended.endpoint, nullptr));
+    for (ucp_ep_h endpoint : endpoints) {
+        void* closing = ucx_.ucp_ep_close_nbx(endpoint, &param);
+        if (UCS_PTR_IS_PTR(closing)) ended.close_requests.push_back(closing);
+    }
 }
 
 void Progress::complete_ending(Peer& ended) {
     if (ended.gone) return;
     if (ended.endpoint != nullptr) {
         if (ended.endpoint_error.empty() && boottime_ns() < ended.close_at_ns) return;
-        close_endpoint(ended);
+        close_endpoints(ended);
     }
-    if (ended.close_request != nullptr) {
-        if (ucx_.ucp_request_check_status(ended.close_request) == UCS_INPROGRESS) return;
-        ucx_.ucp_request_free(std::exchange(ended.close_request, nullptr));
+    while (!ended.close_requests.empty()) {
+        if (ucx_.ucp_request_check_status(ended.close_requests.back()) == UCS_INPROGRESS) return;
+        ucx_.ucp_request_free(ended.close_requests.back());
+        ended.close_requests.pop_back();
     }
     if (!ended.drained()) return;
     const bool own_will = ended.ending == Ending::removed || ended.ending == Ending::closing;
@@ -294,6 +324,7 @@ std::shared_ptr<Remote> Progress::import_remote(std::int64_t peer_id, const Remo
     if (owner.ending != Ending::none) {
         throw UcxError("peer '" + owner.arguments.name + "' is lost: " + owner.reason);
     }
+    LLMSYS_CHECK(owner.endpoint != nullptr, "peer '" << owner.arguments.name << "' is not connected yet");
     LLMSYS_CHECK(key.engine == owner.arguments.address.engine,
                  "the remote key was made by another engine than that of peer '" << owner.arguments.name << "'");
     auto remote = std::make_shared<Remote>();

@@ -10,17 +10,17 @@ namespace llmsys::comm {
 static_assert(std::endian::native == std::endian::little, "what is sent is little-endian");
 
 // Control socket: fixed frames in both directions.
-enum class FrameKind : std::uint16_t { heartbeat = 1, ack = 2, bye = 3 };
+enum class FrameKind : std::uint16_t { heartbeat = 1, ack = 2, bye = 3, endpoints = 4 };
 
 struct Frame {
     static constexpr std::uint32_t kMagic = 0x4d4c4c43;
-    static constexpr std::uint16_t kVersion = 1;
+    static constexpr std::uint16_t kVersion = 2;
 
     std::uint32_t magic = kMagic;
     FrameKind kind = FrameKind::heartbeat;
     std::uint16_t version = kVersion;
     std::uint64_t token = 0;
-    std::uint64_t sequence = 0;   // of a heartbeat, also in the answer to it
+    std::uint64_t sequence = 0;   // of a heartbeat, also in the answer to it; or how many endpoints were made before
     std::uint64_t delivered = 0;  // last notification that has been delivered here: an acknowledgement that gets
                                   // through also where the sender leaves right after it
 };

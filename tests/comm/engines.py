@@ -167,21 +167,31 @@ def memories(link: Link, size_bytes: int, path: str = "") -> tuple[Memory, Memor
 class PlayedPeer:
     """The other end of a control connection, by hand: frames are (kind, token, sequence, delivered)."""
 
-    HEARTBEAT, ACK, BYE = 1, 2, 3
+    HEARTBEAT, ACK, BYE, ENDPOINTS = 1, 2, 3, 4
+    VERSION = 2
     _FRAME = struct.Struct("<IHHQQQ")
     _MAGIC = 0x4D4C4C43
 
-    def __init__(self, engine: _C.Engine, worker_address: bytes, *, lease_s: float = 20.0) -> None:
+    def __init__(
+        self, engine: _C.Engine, worker_address: bytes, *, lease_s: float = 20.0, num_endpoints: int = 0
+    ) -> None:
         self.token_in, self.token_out = next(_tokens), next(_tokens)
         self.socket, theirs = tcp_pair()
         self.socket.settimeout(WAIT_S)
+        self.num_endpoints_made: int | None = None  # what the engine has told
         self.peer = engine.add_peer("played", theirs.detach(), worker_address, self.token_in, self.token_out, lease_s)
+        self.send(self.ENDPOINTS, num_endpoints)
 
     def send(self, kind: int, sequence: int = 0) -> None:
-        self.socket.sendall(self._FRAME.pack(self._MAGIC, kind, 1, self.token_in, sequence, 0))
+        self.socket.sendall(self._FRAME.pack(self._MAGIC, kind, self.VERSION, self.token_in, sequence, 0))
 
     def receive(self) -> tuple[int, int]:
-        """(kind, sequence) of the next frame, or (0, 0) at the end."""
+        """(kind, sequence) of the next frame but ENDPOINTS, or (0, 0) at the end."""
+        while (frame := self._receive_any())[0] == self.ENDPOINTS:
+            self.num_endpoints_made = frame[1]
+        return frame
+
+    def _receive_any(self) -> tuple[int, int]:
         data = b""
         while len(data) < self._FRAME.size:
             try:
@@ -192,7 +202,7 @@ class PlayedPeer:
                 return 0, 0
             data += more
         magic, kind, version, token, sequence, _ = self._FRAME.unpack(data)
-        assert (magic, version, token) == (self._MAGIC, 1, self.token_out)
+        assert (magic, version, token) == (self._MAGIC, self.VERSION, self.token_out)
         return kind, sequence
 
     def answer_heartbeat(self) -> None:

@@ -18,6 +18,7 @@ from tests.comm.engines import (
     PATHS,
     TRANSPORTS,
     WAIT_S,
+    Link,
     Memory,
     PlayedPeer,
     child_of,
@@ -50,6 +51,14 @@ def engine() -> Iterator[_C.Engine]:
         yield made
     finally:
         made.close()
+
+
+def wait_dropped(engine: _C.Engine) -> None:
+    """Until it has got a message that it has no peer for."""
+    deadline_s = time.monotonic() + WAIT_S
+    while engine.stats()["num_dropped_messages"] == 0:
+        assert time.monotonic() < deadline_s, "no message has come"
+        time.sleep(0.01)
 
 
 def wait_started(request: _C.Request) -> None:
@@ -247,9 +256,8 @@ def test_requests_wait_until_the_peer_answers(engine: _C.Engine) -> None:
         played.answer_heartbeat()
         assert wait_event(engine, "established") == ("established", played.peer)
         # It is sent now. The other engine knows another token than this one, so it is never acknowledged.
-        deadline_s = time.monotonic() + WAIT_S
-        while other.stats()["num_dropped_messages"] == 0:
-            assert time.monotonic() < deadline_s and not request.wait(0.01)
+        wait_dropped(other)
+        assert not request.wait(0.01)
         assert other.stats()["num_dropped_messages"] == 1 and other.next_event(0.0) is None
         played.socket.close()
         assert ended(request).error_kind() == "lost" and "it closed its connection" in str(request.error())
@@ -296,11 +304,66 @@ def test_lease_is_counted_from_the_heartbeat_that_was_answered() -> None:
         engine.close()
 
 
+def test_peer_that_ucx_does_not_reach_is_lost_although_it_is_heard_of() -> None:
+    engine, other = new_engine("ucx", lease_s=0.5, heartbeat_s=0.1), new_engine("ucx")
+    try:
+        played = PlayedPeer(engine, other.worker_address())
+        played.answer_heartbeat()
+        wait_event(engine, "established")
+        # The other engine does not know this token and drops it, so UCX gets no acknowledgement.
+        request = engine.notify(played.peer, b"x")
+        began_s = time.monotonic()
+        while (frame := played.receive())[0] == played.HEARTBEAT:
+            played.send(played.ACK, frame[1])
+        assert "UCX moved nothing for 1." in wait_event(engine, "lost")[2]
+        assert ended(request).error_kind() == "lost" and time.monotonic() - began_s >= 1.0
+    finally:
+        engine.close()
+        other.close()
+
+
+@pytest.mark.parametrize("more", ["here", "there"])
+def test_endpoints_that_only_one_side_has_made_are_made_up_for(more: str) -> None:
+    """UCX pairs endpoints of two workers by their number: without it this connection would use the played peer's."""
+    here, there = new_engine("ucx"), new_engine("ucx")
+    try:
+        ahead, behind = (here, there) if more == "here" else (there, here)
+        played = PlayedPeer(ahead, behind.worker_address())
+        played.answer_heartbeat()
+        wait_event(ahead, "established")
+        ahead.notify(played.peer, b"unknown")  # so that UCX makes the connection
+        wait_dropped(behind)
+        link = Link(here, there, *connect(here, there))
+        local, target = new_memory(here, SIZE), new_memory(there, SIZE)
+        target.array[:] = pattern(SIZE, 1)
+        remote = target.imported_by(here, link.peer)
+        succeeded(link.read(local, remote, BLOCKS))
+        ahead.remove_peer(played.peer)
+        local.array[:] = 0
+        succeeded(link.read(local, remote, BLOCKS))
+        np.testing.assert_array_equal(local.array, target.array)
+        succeeded(here.notify(link.peer, b"there"))
+        succeeded(there.notify(link.back, b"here"))
+        assert here.peer_state(link.peer)["state"] == there.peer_state(link.back)["state"] == "established"
+        late = PlayedPeer(ahead, behind.worker_address())
+        late.receive()
+        assert late.num_endpoints_made == 2
+    finally:
+        here.close()
+        there.close()
+
+
+def test_peer_that_claims_too_many_endpoints_is_refused(engine: _C.Engine) -> None:
+    played = PlayedPeer(engine, engine.worker_address(), num_endpoints=1 << 40)
+    _, peer, reason, _ = wait_event(engine, "lost")
+    assert peer == played.peer and "says it has made 1099511627776 endpoints" in reason
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
         (b"GET / HTTP/1.1\r\nHost: example\r\n\r\n", "carries something else"),
-        (struct.pack("<IHHQQQ", 0x4D4C4C43, 1, 1, 0, 1, 0), "carries something else"),
+        (struct.pack("<IHHQQQ", 0x4D4C4C43, 1, PlayedPeer.VERSION, 0, 1, 0), "carries something else"),
         (b"", "it closed its connection"),
     ],
     ids=["text", "another_token", "end"],
@@ -326,7 +389,7 @@ def test_engine_says_goodbye(engine: _C.Engine) -> None:
 def test_half_a_frame_is_waited_for(engine: _C.Engine) -> None:
     played = PlayedPeer(engine, engine.worker_address())
     _, sequence = played.receive()
-    frame = struct.pack("<IHHQQQ", 0x4D4C4C43, played.ACK, 1, played.token_in, sequence, 0)
+    frame = struct.pack("<IHHQQQ", 0x4D4C4C43, played.ACK, played.VERSION, played.token_in, sequence, 0)
     played.socket.sendall(frame[:7])
     assert engine.next_event(0.2) is None
     played.socket.sendall(frame[7:] + frame[:3])

@@ -54,6 +54,7 @@ $(ENV_STAMP): $(LOCK) pyproject.toml
 	$(PY) -c "$$PRINT_REQUIREMENTS" > $(VENV)/requirements.txt
 	$(PIP) install --quiet -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
 	@$(PIP) install --quiet --no-deps -c $(VENV)/constraints.txt nixl-cu12 || echo "no NIXL here: comparisons leave it out"
+	@$(PIP) install --quiet --no-deps -c $(VENV)/constraints.txt megatron-core || echo "no megatron-core here: its tests skip"
 	@touch $@
 
 build: $(BUILD_STAMP)

@@ -46,7 +46,10 @@ EXTRA_RANKS: dict[str, dict[str, float]] = {
 }
 # The plan is all that a planner and its executors share. Order and lifetimes of transfers are part of what a
 # plan means, so executors may use `communication`.
-NOT_FOR_EXECUTORS = ("planner", "baselines", "grid", "ordering", "balance", "microbatch", "schedule")
+NOT_FOR_EXECUTORS = (
+    *("planner", "baselines", "grid", "ordering", "balance", "microbatch", "schedule"),
+    *("labelling", "assignment", "estimate", "drafting", "axes", "axis_csp", "pipeline", "partition", "regions"),
+)
 EXECUTORS = ("simulator", "runtime")
 
 TORCH = ("torch", "triton")

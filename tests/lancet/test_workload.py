@@ -150,7 +150,7 @@ def test_both_gradients_of_an_op_come_from_the_gradient_of_its_output(model: MoE
     graph = build_step(step(model))
     pairs = [(op, op.name.replace(".dx.", ".dw.")) for op in graph.ops if ".dx." in op.name]
     pairs = [(dx, graph.ops[graph.index_of[name]]) for dx, name in pairs if name in graph.index_of]
-    assert len(pairs) > 10 * model.num_layers - 10
+    assert len(pairs) > 5 * model.num_layers
     for dx, dw in pairs:
         (shared,) = {name for name in {*dx.inputs} & {*dw.inputs} if name not in forward_tensors(graph)}
         assert ".backward" in shared or shared == "hidden_grad"

@@ -62,10 +62,8 @@ class Tape:
         unique = self._unique(self._placed(name))
         marks = [unique] if len(shapes) == 1 else [f"{unique}.{number}" for number in range(len(shapes))]
         types = list(dtypes) or [self.dtype] * len(shapes)
-        outputs = tuple(
-            Tensor(name=mark, shape=tuple(shape), dtype=dtype)
-            for mark, shape, dtype in zip(marks, shapes, types, strict=True)
-        )
+        made = zip(marks, shapes, types, strict=True)
+        outputs = tuple(Tensor(name=mark, shape=tuple(shape), dtype=dtype) for mark, shape, dtype in made)
         described = ";".join(f"{t.dtype}{list(t.shape)}" for t in (*inputs, *outputs))
         self.ops.append(
             Op(

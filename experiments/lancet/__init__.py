@@ -1,0 +1,1 @@
+"""Figures of Lancet (MLSys 2024): simulated on the paper's clusters, and measured on this machine."""

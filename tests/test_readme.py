@@ -18,10 +18,12 @@ from llmsys.comm.transports import available_transports
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmsys" / "dynapipe"
 KVDIRECT = ROOT / "llmsys" / "kvdirect"
+LANCET = ROOT / "llmsys" / "lancet"
 DOCUMENTS = (
     ROOT / "README.md",
     PACKAGE / "README.md",
     KVDIRECT / "README.md",
+    LANCET / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
 )
@@ -85,7 +87,7 @@ def test_python_runs_on_the_real_files(document: Path, tmp_path: Path) -> None:
 
 def test_kvdirect_example_moves_blocks_between_two_processes(tmp_path: Path) -> None:
     """Run as the README says: prefill.py piped into decode.py, with a secret in the environment."""
-    assert _scripts(READMES[0], tmp_path) == ["prefill.py", "decode.py"]
+    assert _scripts(READMES[0], tmp_path) == ["prefill.py", "decode.py", "train.py"]
     code = [line for name in ("prefill.py", "decode.py") for line in (tmp_path / name).read_text().splitlines()]
     assert len([line for line in code if line and not line.startswith(("import", "from"))]) <= 20
     if reason := available_transports()["ucx"]:
@@ -102,6 +104,18 @@ def test_kvdirect_example_moves_blocks_between_two_processes(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[0.0, 1.0, 2.0]"
+
+
+def test_lancet_example_overlaps_a_model_of_ones_own(tmp_path: Path) -> None:
+    """Run as the README says: by torchrun, with two ranks."""
+    assert "train.py" in _scripts(READMES[0], tmp_path)
+    code = (tmp_path / "train.py").read_text().splitlines()
+    assert len([line for line in code if line and not line.startswith(("#", "import", "from"))]) <= 15
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "lancet plan of step0" in done.stdout and "all_to_all_single_1" in done.stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_names(DOCUMENTS))
@@ -146,7 +160,7 @@ def _defines(path: Path, symbol: str) -> bool:
     return re.search(pattern, path.read_text(), re.MULTILINE) is not None
 
 
-@pytest.mark.parametrize("package", [PACKAGE, KVDIRECT], ids=lambda package: package.name)
+@pytest.mark.parametrize("package", [PACKAGE, KVDIRECT, LANCET], ids=lambda package: package.name)
 def test_symbols_are_where_the_table_says(package: Path) -> None:
     references = _REFERENCE.findall((package / "README.md").read_text())
     assert len(references) > 20

@@ -45,8 +45,8 @@ struct Cover {
 };
 
 // The cheapest way to cover 0 .. num_groups by candidates [firsts[c], ends[c]) without overlap:
-// T(n) = min over candidates c that end at n of T(firsts[c]) + costs_ms[c], section 5 of the paper. Of equals the first
-// candidate in the list wins.
+// T(n) = min over candidates c that end at n of T(firsts[c]) + costs_ms[c], Lancet's partition pass. Of equals the
+// first candidate in the list wins.
 Cover cover(std::int64_t num_groups, const std::vector<std::int64_t>& firsts, const std::vector<std::int64_t>& ends,
             const std::vector<double>& costs_ms);
 

@@ -1,4 +1,4 @@
-"""Which weight gradients hide which all-to-all: the paper's assignment problem (section 4), by two solvers.
+"""Which weight gradients hide which all-to-all: the paper's assignment problem, by two solvers (Alg. 1).
 
 All-to-all j takes t_j ms and unit i w_i ms; each unit may go to one all-to-all of those it is allowed at. Wanted is the
 most hidden time, the sum over j of min(t_j, the w of the units at j). It is NP-hard (generalised assignment).

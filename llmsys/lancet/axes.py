@@ -1,6 +1,6 @@
-"""Which ops of a range can run in parts, and along which axes (section 5 of the paper).
+"""Which ops of a range can run in parts, and along which axes (the paper's axis inferencer).
 
-The rules are in `axis_csp`. In a mixture-of-experts layer they give what section 5 describes: a range that holds only
+The rules are in `axis_csp`. In a mixture-of-experts layer they give what the paper describes: a range that holds only
 the two all-to-alls and what is between them is cut along the capacity; one that holds the gate too, or what follows, is
 cut along the batch, and between the all-to-alls along the irregular axis; and a gate that needs the whole batch runs
 before the parts.

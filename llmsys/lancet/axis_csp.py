@@ -1,4 +1,4 @@
-"""The constraint program of a range: which ops run in parts, by which of their splits (section 5 of the paper).
+"""The constraint program of a range: which ops run in parts, by which of their splits (the paper's axis inferencer).
 
 The paper's variables are the axes of tensors. Here a variable is the choice of an op: one of its splits, or to run
 whole before all parts, or whole after them. Axes of tensors follow, and every constraint is between two ops:

@@ -19,7 +19,7 @@ from llmsys.lancet.planner import Lancet, Planner
 from llmsys.lancet.regions import emit, span
 
 DEGREES = (1, 2, 4, 8)
-"""The overlap degrees that the paper tries for Tutel (section 7)."""
+"""The overlap degrees that the paper tries for Tutel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ AxisSolver = Literal["cp_sat", "propagate"]
 class PlannerConfig:
     """What a planner may do.
 
-    ``max_parts``: most parts of a partitioned range (rho of the paper, section 5; it uses 8).
+    ``max_parts``: most parts of a partitioned range (rho of the paper, which uses 8).
     ``group_fraction``: ops are grouped until they take this share of the time between two MoE layers (gamma; 1/5).
     ``memory_limit_mb``: of the tensors alive together, in MB of 10^6 bytes; None for no limit.
     ``weight_gradients``: how weight gradients are dealt to all-to-alls: "greedy" is the paper's Algorithm 1, "exact"

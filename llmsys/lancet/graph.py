@@ -4,7 +4,7 @@ Neither torch nor a cost is in it. Two makers exist: `workload` builds the steps
 reads one from a captured FX graph. Lancet (MLSys'24) calls an operation an instruction, and the list its IR.
 
 A split runs an operation as equal parts, each on a slice of some inputs. It is written as one axis for each input and
-output (section 5 of the paper: the function F over axes):
+output (the paper: the function F over axes):
 
 - ``d >= 0``: the tensor is cut along dimension d;
 - ``REPLICATED``: every part uses the whole tensor;

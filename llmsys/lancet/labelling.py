@@ -1,4 +1,4 @@
-"""Which compute ops can run while an all-to-all is on the wire, and what has to move along with each (section 4).
+"""Which compute ops can run while an all-to-all is on the wire, and what has to move along with each (dW labelling).
 
 The paper's rule: an op can hide an all-to-all if no directed path joins the two, in either direction. In the backward
 pass these are the weight gradients of the layers before it in time, with their casts and accumulations.

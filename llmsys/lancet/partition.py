@@ -1,4 +1,4 @@
-"""Which ranges of a step run in parts: the dynamic program of section 5 of the paper.
+"""Which ranges of a step run in parts: the dynamic program of the paper's partition pass.
 
 Consecutive ops are put in groups. T(n), the least time of the first n groups, is the minimum over i < n and k of
 T(i) + P(i, n, k), where P is the time of groups i to n in k parts: see `pipeline`. One part means that the ops run

@@ -1,4 +1,4 @@
-"""The order in which a range runs in parts, and how long that takes: P(i, n, k) of section 5 of the paper.
+"""The order in which a range runs in parts, and how long that takes: P(i, n, k) of the paper's partition pass.
 
 The ops that are split form stages: maximal runs of computation, or of communication without a dependency. Stages run
 one after the other, and in a stage its ops for the first part, then for the second, and so on; the communication of a

@@ -5,6 +5,7 @@ Ranks are started once; each check gives None, or its traceback.
 
 from __future__ import annotations
 
+import random
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,13 +20,14 @@ from llmsys.lancet.costs import CostModel, TableCosts
 from llmsys.lancet.graph import PARTIAL, REPLICATED, Graph, Split, is_irregular
 from llmsys.lancet.passes.overlap_scheduler import TorchOverlap
 from llmsys.lancet.passes.planning import Planning
-from llmsys.lancet.plan import Plan, check_plan
+from llmsys.lancet.plan import Plan, Region, check_plan, cut_sizes
 from llmsys.lancet.planner import Lancet
 from llmsys.lancet.runtime import LancetBackend
 from llmsys.models.moe import GPT2MoE, GPT2MoEConfig, MoEConfig
-from tests.lancet.fx_plans import as_captured, random_order, ranged
+from tests.lancet.fx_plans import as_captured, random_order, random_region, ranged
 
 NUM_RANKS = 2
+SEEDS = (0, 1, 2)
 Check = Callable[[], None]
 CHECKS: dict[str, Check] = {}
 ORDERS: list[str] = []
@@ -290,3 +292,27 @@ def used_splits(graph: Graph, plan: Plan) -> list[Split]:
         for region in plan.regions
         for op, place in zip(region.ops, region.splits, strict=True)
     ]
+
+
+@check(PARTS)
+def random_ranges_make_the_whole() -> None:
+    """Splits that fit each other, drawn at random: batch, capacity, hidden and irregular ones, forward or backward."""
+    for seed in SEEDS:
+        torch._dynamo.reset()
+        torch.manual_seed(seed)
+
+        def make(graph: Graph, seed: int = seed) -> Plan:
+            ops = graph.select("backward" if seed % 3 == 2 else "forward")
+            rng = random.Random(seed)
+            while True:
+                start = rng.randrange(len(ops) * 2 // 3)
+                chosen = random_region(graph, ops[start : start + 40], rng.randrange(1 << 30))
+                region = Region(num_parts=2, ops=tuple(chosen), splits=tuple(chosen.values()))
+                sizes = cut_sizes(graph, region)
+                if len(chosen) > 8 and all(size % min(sizes) == 0 for size in sizes) and min(sizes) > 1:
+                    break
+            plan = ranged(graph, chosen, 2)
+            check_plan(plan, graph)
+            return plan
+
+        compare(watched(make), 1, tolerance=1e-5, gate="top_k")

@@ -92,6 +92,18 @@ def one_rank_that_cannot_capture_stops_all() -> None:
 
 
 @check
+def one_rank_that_cannot_measure_stops_all() -> None:
+    def costs(captured: Any) -> Ones:
+        if dist.get_rank() == 1:
+            raise InputError("no clock", expected="a clock", found="none", fix="buy one")
+        return Ones()
+
+    step = optimize(lambda x: exchange(x) + 1, costs=costs, planning=PLANNING)
+    with pytest.raises(LlmsysError, match="no clock"):
+        step(torch.ones(4, 8))
+
+
+@check
 def raw_autograd_collectives_leave_no_dead_ones() -> None:
     weights = torch.ones(8, 8, requires_grad=True)
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]

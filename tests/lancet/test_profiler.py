@@ -83,12 +83,13 @@ def test_no_time_is_refused() -> None:
             ProfileCache().put("a", ms)
 
 
-def test_a_call_is_measured_once_and_then_read(tmp_path: Path) -> None:
+def test_a_call_is_measured_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def make() -> Prepared:
         return Prepared(run=lambda: calls.append(time.sleep(0.01)))
 
+    monkeypatch.setattr(Bench, "_reference_ms", lambda self: 1.0)
     first = Bench(ProfileCache(tmp_path / "costs.json"), settings=QUICK)
     ms = first.time_ms("sleep", make)
     assert 10 <= ms < 1000 and len(calls) == 1
@@ -96,6 +97,30 @@ def test_a_call_is_measured_once_and_then_read(tmp_path: Path) -> None:
     first.cache.save()
     second = Bench(ProfileCache(tmp_path / "costs.json"), settings=QUICK)
     assert second.time_ms("sleep", make) == ms and len(calls) == 1 and second.num_measured == 0
+
+
+@pytest.mark.parametrize(("now_ms", "is_kept"), [(1.4, True), (0.7, True), (1.6, False), (0.6, False)])
+def test_times_of_a_machine_that_was_slower_or_faster_are_measured_again(
+    now_ms: float, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "costs.json"
+    monkeypatch.setattr(Bench, "_reference_ms", lambda self: 1.0)
+    first = Bench(ProfileCache(path), settings=QUICK)
+    first.time_ms("old", lambda: Prepared(run=lambda: None))
+    first.cache.put(f"{first.environment}: call", 123.0)
+    first.cache.put("another machine: call", 5.0)
+    first.cache.save()
+    monkeypatch.setattr(Bench, "_reference_ms", lambda self: now_ms)
+    second = Bench(ProfileCache(path), settings=QUICK)
+    with caplog.at_level(logging.WARNING):
+        found = second.time_ms("call", lambda: Prepared(run=lambda: None))
+    assert (found == 123.0) == is_kept == ("measured again" not in caplog.text)
+    second.cache.put("something: new", 1.0)
+    second.cache.save()
+    saved = ProfileCache(path)
+    assert saved.get("another machine: call") == 5.0
+    assert (saved.get(f"{first.environment}: call") == 123.0) == is_kept
+    assert (saved.get(f"{first.environment}: old") is not None) == is_kept
 
 
 def test_threads_and_settings_are_part_of_the_key() -> None:

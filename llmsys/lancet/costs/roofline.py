@@ -1,6 +1,6 @@
 """Costs of a step on GPUs that are not here: kernels by fitted formulas, collectives by size tables.
 
-A stand-in for the paper's caching profiler (section 5). What it gets right by construction: splitting never saves
+A stand-in for the paper's caching profiler. What it gets right by construction: splitting never saves
 computation, because every part launches its kernels and reads the replicated tensors again, and small messages pay
 latency. What it cannot know: tile sizes, clocks, and contention between kernels and collectives on one device.
 """

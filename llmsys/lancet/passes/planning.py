@@ -55,7 +55,11 @@ def plan_step(captured: Captured, costs: CostSource, planning: Planning) -> Plan
     Blocks. Raises, on every rank alike, what `agreement.agree` lists, and PlanError for a plan that cannot run.
     """
     agree(captured.lines(), str, group=planning.group, deadlines=planning.deadlines)
-    found = costs(captured) if callable(costs) else costs
+    try:
+        found = costs(captured) if callable(costs) else costs
+    except LlmsysError as error:
+        refuse_step(error, planning)
+        raise
 
     def make() -> str:
         planner = planning.planner

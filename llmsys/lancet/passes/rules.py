@@ -1,4 +1,4 @@
-"""Which splits an operator has, by its name and shapes: the function F of Lancet's axis constraints (section 5.1).
+"""Which splits an operator has, by its name and shapes: the function F of Lancet's axis constraints.
 
 A rule lists splits along every dimension, also those of size 1; `layout` drops what cannot be cut, and adds irregular
 axes. An operator without a rule runs whole. Each rule is checked by running its parts in tests/lancet/test_rules.py.
@@ -241,7 +241,7 @@ def attention(num_tensors: int) -> Rule:
 
 
 def moe_route(call: Call) -> Iterator[Split]:
-    """By tokens, if the gate serves them in their order: then parts pass the used capacity on (section 5.2)."""
+    """By tokens, if the gate serves them in their order: then parts pass the used capacity on."""
     if call.argument(2, "gate") in TOKEN_MAJOR_GATES:
         yield call.split({0: 0}, [0, 0, LAST])
 

@@ -1,4 +1,4 @@
-"""The all-to-all of one part of a batch, whose experts get a number of rows only the run knows (section 5, Fig. 10).
+"""The all-to-all of one part of a batch, whose experts get a number of rows only the run knows (the paper's Fig. 10).
 
 The gate of an unpartitioned layer fills buffers of ``capacity`` slots for each expert. A part of the batch fills some
 of these slots, the same ones, since the gate passes the used capacity on. Here a part has a dense buffer of its own,

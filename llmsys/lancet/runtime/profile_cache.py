@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -35,6 +36,7 @@ class ProfileCache:
         self.path = path
         self._ms: dict[str, float] = {}
         self._is_saved = True
+        self._dropped: list[str] = []
         if path is not None:
             self._ms = self._read(path)
 
@@ -50,10 +52,20 @@ class ProfileCache:
         self._ms[key] = ms
         self._is_saved = False
 
+    def drop(self, prefix: str) -> int:
+        """Forget all times whose key begins with ``prefix``, in the file too once it is saved; how many there were."""
+        self._dropped.append(prefix)
+        keys = [key for key in self._ms if key.startswith(prefix)]
+        for key in keys:
+            del self._ms[key]
+        self._is_saved = self._is_saved and not keys
+        return len(keys)
+
     def save(self) -> None:
         if self.path is None or self._is_saved:
             return
-        self._ms = self._read(self.path) | self._ms
+        kept = {k: ms for k, ms in self._read(self.path).items() if not k.startswith(tuple(self._dropped))}
+        self._ms = kept | self._ms
         content = _encoded(self._ms)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
@@ -76,7 +88,8 @@ class ProfileCache:
         found = _decoded(text)
         if found is None:
             aside = path.with_name(f"{path.name}.unusable")
-            path.replace(aside)
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                path.replace(aside)
             _log.warning("%s is damaged or of another version: kept as %s, and measured again", path, aside.name)
             return {}
         return found

@@ -1,4 +1,4 @@
-"""The caching operator profiler (section 3 of the paper): what one call takes on this device, measured once.
+"""The caching operator profiler (Fig. 7 of the paper): what one call takes on this device, measured once.
 
 A `Bench` times calls; what it has measured before, also in an earlier process, comes from its cache. A time is the
 median of repeats after a warm-up. Before each repeat the processor's caches are emptied and then filled with the
@@ -8,6 +8,7 @@ come from memory and activations from the cache.
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import statistics
@@ -21,6 +22,9 @@ import torch
 
 from llmsys.core.errors import ConfigError, LlmsysError
 from llmsys.lancet.runtime.profile_cache import ProfileCache
+
+REFERENCE_FACTOR = 1.5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,9 @@ class Bench:
     """Times calls on one device, on the calling thread and with torch's current number of threads.
 
     ``environment`` is part of every key: torch's version, the device's name, the threads, and the settings that change
-    what is measured. So one file serves several machines and versions.
+    what is measured. So one file serves several machines and versions. With the first time of an environment goes that
+    of a fixed call. If this now takes another time by more than `REFERENCE_FACTOR`, the machine was not then what it is
+    now (other programs, another clock): what was measured then is forgotten and measured again, and a warning says so.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Bench:
         self.device = torch.device(device)
         self.settings = settings or BenchSettings()
         self.num_measured = 0
+        self._is_checked = False
         threads = torch.get_num_threads()
         self.environment = (
             f"torch {torch.__version__}, {device_name(self.device)}, {threads} threads, {self.settings.evict_mb:g} MB"
@@ -83,6 +90,8 @@ class Bench:
 
         Raises LlmsysError that names the key if the call fails.
         """
+        if not self._is_checked:
+            self._check_reference()
         full_key = f"{self.environment}: {key}"
         found = self.cache.get(full_key)
         if found is None:
@@ -101,6 +110,23 @@ class Bench:
             self.num_measured += 1
             self.cache.put(full_key, found)
         return found
+
+    def _check_reference(self) -> None:
+        self._is_checked = True
+        key = f"{self.environment}: reference"
+        before = self.cache.get(key)
+        now = self._reference_ms()
+        if before is None:
+            self.cache.put(key, now)
+        elif not 1 / REFERENCE_FACTOR <= now / before <= REFERENCE_FACTOR:
+            number = self.cache.drop(f"{self.environment}: ") - 1
+            self.cache.put(key, now)
+            text = "a fixed call takes %.3g ms, and took %.3g ms when %d times were measured; these are measured again"
+            _log.warning(text, now, before, number)
+
+    def _reference_ms(self) -> float:
+        a = torch.ones(256, 256, device=self.device)
+        return self._measure(Prepared(run=lambda: [a @ a for _ in range(4)], hot=(a,)))
 
     def _measure(self, prepared: Prepared) -> float:
         settings = self.settings
@@ -163,17 +189,19 @@ class Operand:
 
     def make(self, device: torch.device, seed: int = 0) -> torch.Tensor:
         rng = torch.Generator().manual_seed(seed)
-        dense = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        # What is repeated along a dimension of stride 0 is stored once.
+        stored = tuple(1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True))
+        dense = torch.empty_strided(stored, self.stride, dtype=self.dtype)
         if self.values == "any":
             if self.dtype.is_floating_point:
-                dense.copy_(torch.randn(self.shape, generator=rng))
+                dense.copy_(torch.randn(stored, generator=rng))
             else:
                 dense.zero_()
         elif self.values == "below":
-            dense.copy_(torch.randint(0, max(1, self.limits[0]), self.shape, generator=rng))
+            dense.copy_(torch.randint(0, max(1, self.limits[0]), stored, generator=rng))
         else:
-            dense.copy_(_choices(self, rng))
-        return dense.to(device)
+            dense.copy_(_choices(self, rng)[tuple(slice(size) for size in stored)])
+        return dense.to(device).expand(self.shape)
 
     def resized(self, axis: int, length: int) -> Operand:
         """With another length of a dimension, dense, in the same order of strides."""

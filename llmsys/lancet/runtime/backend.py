@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import fx
 from torch._dynamo import register_backend
@@ -95,7 +96,9 @@ class LancetBackend:
         if not captured.graph.comm_ops():
             _say_once("a step communicates nothing")
             return None
-        with _disable_current_modes():  # those of tracing, under which nothing can be measured
+        # Under the modes of tracing nothing can be measured. With the dispatcher in Python, a collective keeps Python's
+        # lock while it waits for one of gloo's, whose holder may wait for Python's: a deadlock.
+        with _disable_current_modes(), torch._C._DisablePythonDispatcher():
             plan = plan_step(captured, self._costs, self._planning)
         made = rewrite(captured, plan, irregular)
         step = CompiledStep(captured=captured, plan=plan, forward=made[0], backward=made[1])

@@ -40,7 +40,7 @@ EXTRA_RANKS: dict[str, dict[str, float]] = {
     "dynapipe": {"data": 0, "profile": 0.5, "grid": 3}
     | dict.fromkeys(("ordering", "balance", "microbatch", "schedule", "communication"), 2.5),
     "kvdirect": {"blocks": 0.5, "layout": 0.5, "holds": 0.6, "messages": 0.7, "tickets": 0.7},
-    "lancet": {"graph": 0, "data": 0, "labelling": 2.3, "memory": 2.3, "estimate": 2.3, "axis_csp": 2.3}
+    "lancet": {"graph": 0, "data": 0, "labelling": 2.3, "memory": 2.3, "estimate": 2.3, "axis_csp": 2.3, "cp_sat": 0.5}
     | {"assignment": 2.4, "axes": 2.4, "pipeline": 2.5, "regions": 2.6, "partition": 2.7, "ordering": 2.8}
     | {"drafting": 2.9, "passes": 4, "backend": 5},
 }

@@ -6,13 +6,13 @@ most hidden time, the sum over j of min(t_j, the w of the units at j). It is NP-
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmsys.core.errors import InputError
+from llmsys.lancet.cp_sat import or_tools, solve_apart
 
 UNASSIGNED = -1
 _TICKS_PER_MS = 10_000
@@ -83,28 +83,16 @@ def assign_exact(
     if start.proven or not unit_ms:
         return start
     groups = _groups(unit_ms, allowed)
-    cp_model: Any = importlib.import_module("ortools.sat.python.cp_model")
-    model = cp_model.CpModel()
-    counts = _add_counts(model, groups, start.targets)
-    _add_objective(model, comm_ms, groups, counts)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = solver_limit
-    # Without the linear relaxation of all of it, the bound stays at the sum of the all-to-alls for very long.
-    solver.parameters.linearization_level = 2
-    rounding_ticks = (len(unit_ms) + len(comm_ms)) / 2
-    solver.parameters.absolute_gap_limit = rounding_ticks
-    solver.parameters.relative_gap_limit = gap
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    limits = _Limits(deterministic_s=solver_limit, gap=gap, rounding_ticks=(len(unit_ms) + len(comm_ms)) / 2, seed=seed)
+    found = solve_apart(_count_exactly, comm_ms, groups, start.targets, limits)
+    if found is None:
         return start
-    found = {key: int(solver.value(count)) for key, count in counts.items()}
-    targets = max(start.targets, _targets(groups, found, len(unit_ms)), key=lambda t: hidden_ms(comm_ms, unit_ms, t))
+    counts, bound, optimal = found
+    targets = max(start.targets, _targets(groups, counts, len(unit_ms)), key=lambda t: hidden_ms(comm_ms, unit_ms, t))
     hidden = hidden_ms(comm_ms, unit_ms, targets)
-    bound = max(hidden, solver.best_objective_bound / _TICKS_PER_MS)
+    bound = max(hidden, bound)
     # A limit may be reached after the bound has come close, and before the solver looks at it.
-    proven = status == cp_model.OPTIMAL or bound - hidden <= max(gap * hidden, rounding_ticks / _TICKS_PER_MS)
+    proven = optimal or bound - hidden <= max(gap * hidden, limits.rounding_ticks / _TICKS_PER_MS)
     return Assignment(targets=targets, hidden_ms=hidden, bound_ms=bound, proven=bool(proven))
 
 
@@ -127,6 +115,37 @@ def _groups(unit_ms: Sequence[float], allowed: Sequence[Sequence[int]]) -> list[
         if places:
             found.setdefault((unit_ms[unit], tuple(places)), []).append(unit)
     return [_Group(unit_ms=ms, at=places, units=tuple(units)) for (ms, places), units in found.items()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limits:
+    deterministic_s: float
+    gap: float
+    rounding_ticks: float
+    seed: int
+
+
+def _count_exactly(
+    comm_ms: Sequence[float], groups: Sequence[_Group], start: Sequence[int], limits: _Limits
+) -> tuple[dict[tuple[int, int], int], float, bool] | None:
+    """How many units of each group go to each all-to-all, the bound in ms, whether it is reached; None if unsolved."""
+    cp_model: Any = or_tools()
+    model = cp_model.CpModel()
+    counts = _add_counts(model, groups, start)
+    _add_objective(model, comm_ms, groups, counts)
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.random_seed = limits.seed
+    solver.parameters.max_deterministic_time = limits.deterministic_s
+    # Without the linear relaxation of all of it, the bound stays at the sum of the all-to-alls for very long.
+    solver.parameters.linearization_level = 2
+    solver.parameters.absolute_gap_limit = limits.rounding_ticks
+    solver.parameters.relative_gap_limit = limits.gap
+    status = solver.solve(model)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        return None
+    found = {key: int(solver.value(count)) for key, count in counts.items()}
+    return found, float(solver.best_objective_bound) / _TICKS_PER_MS, bool(status == cp_model.OPTIMAL)
 
 
 def _add_counts(model: Any, groups: Sequence[_Group], start: Sequence[int]) -> dict[tuple[int, int], Any]:

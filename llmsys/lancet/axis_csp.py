@@ -22,11 +22,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
-from types import ModuleType
 from typing import Any
 
-from llmsys.core.errors import ConfigError
 from llmsys.lancet.config import AxisSolver
+from llmsys.lancet.cp_sat import or_tools, solve_apart
 from llmsys.lancet.graph import REPLICATED, is_irregular
 
 BEFORE, SPLIT, AFTER = 0, 1, 2
@@ -94,7 +93,7 @@ def solve(problem: RangeProblem, solver: AxisSolver, solver_limit: float = 10.0,
     if solver == "propagate":
         choices = _backtrack(constraints)
     else:
-        choices = _constraint_program(constraints, solver_limit, seed)
+        choices = solve_apart(_constraint_program, constraints, solver_limit, seed)
     if choices is None:
         return ()
     return tuple(
@@ -236,7 +235,7 @@ def _propagate(domains: list[int], constraints: _Constraints, changed: Iterable[
 
 def _constraint_program(constraints: _Constraints, solver_limit: float, seed: int) -> list[int] | None:
     """Domains are arc-consistent: ops with one choice left need no variable, as their constraints hold already."""
-    cp_model = _or_tools()
+    cp_model = or_tools()
     model = cp_model.CpModel()
     chosen: dict[int, Any] = {}
     terms = []
@@ -263,16 +262,3 @@ def _constraint_program(constraints: _Constraints, solver_limit: float, seed: in
         return None
     left = [domain.bit_length() - 1 for domain in constraints.domains]
     return [int(solver.value(chosen[index])) if index in chosen else only for index, only in enumerate(left)]
-
-
-def _or_tools() -> ModuleType:
-    try:
-        from ortools.sat.python import cp_model
-    except ImportError as error:
-        raise ConfigError(
-            "axis_solver 'cp_sat' needs OR-Tools",
-            expected="the package ortools",
-            found=str(error),
-            fix="install ortools, or set axis_solver to 'propagate'",
-        ) from error
-    return cp_model

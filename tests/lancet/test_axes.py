@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from llmsys.core.errors import ConfigError, InputError
-from llmsys.lancet import axis_csp
+from llmsys.lancet import axis_csp, cp_sat
 from llmsys.lancet.axes import Inference, infer_splits, range_problem
 from llmsys.lancet.axis_csp import AFTER, BEFORE, SPLIT
 from llmsys.lancet.config import AxisSolver
@@ -134,14 +134,17 @@ def test_a_range_must_be_one() -> None:
     assert "first 3, last 2" in str(caught.value)
 
 
-def test_without_or_tools_the_other_solver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_or_tools_the_other_solver_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ortools.py").write_text("raise ImportError('no such package')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cp_sat, "_child", None)
     axis_csp.solve.cache_clear()
-    monkeypatch.setitem(sys.modules, "ortools.sat.python", None)
     graph = mini_step(1)
-    with pytest.raises(ConfigError, match="needs OR-Tools") as caught:
+    with pytest.raises(ConfigError, match="need OR-Tools") as caught:
         infer(graph, "l0.norm", "head", "cp_sat")
     assert "set axis_solver to 'propagate'" in str(caught.value)
     assert infer(graph, "l0.norm", "head", "propagate").ops
+    cp_sat._child.end()
 
 
 @both_solvers

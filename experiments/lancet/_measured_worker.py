@@ -135,7 +135,9 @@ class Measurement:
         link = measure_all_to_all(sorted(sizes), row_bytes=4 * self._model.hidden)
         cache = ProfileCache(Path(self._job.cache_file) if self._job.cache_file else None)
         bench = Bench(cache, settings=BenchSettings(budget_ms=self._job.bench_ms, min_repeats=3))
-        return measure_costs(self._traced.captured, bench, link, num_parts=self._job.part_counts)
+        captured = self._traced.captured
+        links = dict.fromkeys(captured.groups, link)
+        return measure_costs(captured, bench, links, num_parts=self._job.part_counts)
 
     def _step(self, plan: Plan) -> Step:
         captured = self._traced.captured

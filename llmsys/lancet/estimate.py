@@ -2,7 +2,7 @@
 
 The compute lane has one clock and each group's lane another. A run, a slice or a join moves the first on; a start puts
 its communication behind what is on its lane; a wait sets the first clock to the end of what it waits for. With costs
-that have a ``launch_ms(graph, op, num_parts)``, a start and a wait also take that much of the compute lane. The
+that have a ``launch_ms(graph, op, num_parts, split)``, a start and a wait also take that much of the compute lane. The
 simulator computes the same from lanes and shares no code with this.
 """
 
@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmsys.lancet.costs import CostModel
-from llmsys.lancet.graph import Graph, Op
+from llmsys.lancet.graph import Graph, Op, Split
 from llmsys.lancet.plan import WHOLE, Instruction, Join, Region, Slice, Start, Wait
+
+Launch = Callable[[Graph, Op, int, Split | None], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Pricer:
         self.costs = costs
         self.whole_ms = [costs.op_ms(graph, op) for op in graph.ops]
         self._parts: dict[tuple[int, int, int], float] = {}
-        self._launch: Callable[[Graph, Op, int], tuple[float, float]] | None = getattr(costs, "launch_ms", None)
+        self._launch: Launch | None = getattr(costs, "launch_ms", None)
 
     def run(self, instructions: Sequence[Instruction], regions: Sequence[Region]) -> Times:
         """The recurrence; instructions have to be in a valid order. Linear in their number."""
@@ -47,14 +49,14 @@ class Pricer:
                 clocks.compute(self._copy_ms(instruction, regions[instruction.region]))
                 continue
             op, part = instruction.op, instruction.part
-            parts = 1 if part == WHOLE else num_parts[op]
+            split, parts = (None, 1) if part == WHOLE else (splits[op], num_parts[op])
             if isinstance(instruction, Wait):
                 clocks.wait(op, part)
-                clocks.compute(self._launch_ms(op, parts)[1])
+                clocks.compute(self._launch_ms(op, parts, split)[1])
                 continue
-            took = self.whole_ms[op] if part == WHOLE else self.part_ms(op, splits[op], parts)
+            took = self.whole_ms[op] if split is None else self.part_ms(op, split, parts)
             if isinstance(instruction, Start):
-                clocks.compute(self._launch_ms(op, parts)[0])
+                clocks.compute(self._launch_ms(op, parts, split)[0])
                 clocks.start(op, part, self.graph.ops[op].group, took)
             else:
                 clocks.compute(took)
@@ -68,9 +70,12 @@ class Pricer:
             self._parts[key] = self.costs.op_ms(self.graph, described, num_parts, described.splits[split])
         return self._parts[key]
 
-    def _launch_ms(self, op: int, num_parts: int) -> tuple[float, float]:
+    def _launch_ms(self, op: int, num_parts: int, split: int | None) -> tuple[float, float]:
         """Of the compute lane: for a start, and for a wait after the communication is over."""
-        return (0.0, 0.0) if self._launch is None else self._launch(self.graph, self.graph.ops[op], num_parts)
+        if self._launch is None:
+            return 0.0, 0.0
+        described = self.graph.ops[op]
+        return self._launch(self.graph, described, num_parts, None if split is None else described.splits[split])
 
     def _copy_ms(self, instruction: Slice | Join, region: Region) -> float:
         tensor = self.graph.tensors[instruction.tensor]

@@ -47,7 +47,7 @@ class Prices:
     def durations(self, layout: Layout, num_parts: int) -> Durations:
         ops = layout.ops
         counts = [1 if place is None else num_parts for place in layout.places]
-        launches = [self._launch(op, count) for op, count in zip(ops, counts, strict=True)]
+        launches = [self._launch(*of) for of in zip(ops, layout.places, counts, strict=True)]
         return Durations(
             ops_ms=tuple(self.op_ms(*of, num_parts) for of in zip(ops, layout.places, strict=True)),
             starts_ms=tuple(launch[0] for launch in launches),
@@ -71,11 +71,12 @@ class Prices:
             self._known[key] = self._checked(op_ms, f"op {op.name!r}")
         return self._known[key]
 
-    def _launch(self, index: int, num_parts: int) -> tuple[float, float]:
+    def _launch(self, index: int, place: int | None, num_parts: int) -> tuple[float, float]:
         launch_ms = getattr(self.costs, "launch_ms", None)
-        if launch_ms is None or not self.graph.ops[index].is_comm:
+        op = self.graph.ops[index]
+        if launch_ms is None or not op.is_comm:
             return 0.0, 0.0
-        start_ms, wait_ms = launch_ms(self.graph, self.graph.ops[index], num_parts)
+        start_ms, wait_ms = launch_ms(self.graph, op, num_parts, None if place is None else op.splits[place])
         return start_ms, wait_ms
 
     def _copy(self, verb: str, tensor: str, axis: int, num_parts: int) -> float:

@@ -14,7 +14,7 @@ from llmsys.core.errors import InputError
 from llmsys.core.sim import LaneOp, run_lanes
 from llmsys.core.timeline import Selection, Timeline
 from llmsys.lancet.costs import CostModel
-from llmsys.lancet.graph import Graph
+from llmsys.lancet.graph import Graph, Split
 from llmsys.lancet.plan import (
     WHOLE,
     Instruction,
@@ -135,11 +135,15 @@ class _Lanes:
         if instruction in self.given_ms:
             return self.given_ms.pop(instruction)
         op = self.graph.ops[instruction.op]
+        return self.costs.op_ms(self.graph, op, *self._cut(instruction))
+
+    def _cut(self, instruction: Run | Start | Wait) -> tuple[int, Split | None]:
+        """Into how many parts an instruction's op is cut, and how."""
         if instruction.part == WHOLE:
-            return self.costs.op_ms(self.graph, op)
+            return 1, None
         region = self.region_of[instruction.op]
-        split = op.splits[region.splits[region.ops.index(instruction.op)]]
-        return self.costs.op_ms(self.graph, op, region.num_parts, split)
+        place = region.splits[region.ops.index(instruction.op)]
+        return region.num_parts, self.graph.ops[instruction.op].splits[place]
 
     def _copy_ms(self, instruction: Slice | Join) -> float:
         if instruction in self.given_ms:
@@ -155,8 +159,7 @@ class _Lanes:
         launch = getattr(self.costs, "launch_ms", None)
         if launch is None:
             return 0.0, 0.0
-        num_parts = 1 if instruction.part == WHOLE else self.region_of[instruction.op].num_parts
-        start_ms, wait_ms = launch(self.graph, self.graph.ops[instruction.op], num_parts)
+        start_ms, wait_ms = launch(self.graph, self.graph.ops[instruction.op], *self._cut(instruction))
         return float(start_ms), float(wait_ms)
 
     def refuse_unused(self) -> None:

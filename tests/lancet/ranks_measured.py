@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ import torch.distributed as dist
 from llmsys.core.errors import InputError
 from llmsys.lancet.baselines import AsCaptured
 from llmsys.lancet.config import PlannerConfig
-from llmsys.lancet.graph import LAST, PARTIAL
+from llmsys.lancet.costs import MessageTable
+from llmsys.lancet.graph import LAST, PARTIAL, is_irregular
+from llmsys.lancet.passes.calls import outputs_of
 from llmsys.lancet.passes.capture import Captured, capture
+from llmsys.lancet.passes.pieces import cut_in, slice_parts
 from llmsys.lancet.passes.rewrite import rewrite
 from llmsys.lancet.plan import Plan, Start, Wait
 from llmsys.lancet.planner import Lancet
 from llmsys.lancet.runtime import irregular
 from llmsys.lancet.runtime.measure import Result, Step, by_communication, measured_timeline
-from llmsys.lancet.runtime.measured_costs import MeasuredCosts, measure_costs
-from llmsys.lancet.runtime.messages import LinkTimes, measure_all_to_all
+from llmsys.lancet.runtime.measured_costs import MeasuredCosts, averaged, measure_costs
+from llmsys.lancet.runtime.messages import LinkTimes, MessageTimes, measure_all_to_all
 from llmsys.lancet.runtime.profiler import Bench, BenchSettings
 from llmsys.lancet.runtime.replay import replay
 from llmsys.lancet.simulator import simulate
@@ -73,7 +77,7 @@ class Fixture:
         self.captured: Captured = capture(kept["fw"], kept["bw"])
         self.link: LinkTimes = measure_all_to_all([4096, 16384, 65536], row_bytes=128, num_repeats=2)
         self.bench = Bench(settings=QUICK)
-        self.costs: MeasuredCosts = measure_costs(self.captured, self.bench, self.link, num_parts=(2, 4))
+        self.costs: MeasuredCosts = measure_costs(self.captured, self.bench, {"group0": self.link}, num_parts=(2, 4))
 
     def run(self, plan: Plan) -> Result:
         forward, backward = rewrite(self.captured, plan, irregular)
@@ -104,7 +108,7 @@ def every_op_has_a_cost_and_all_ranks_have_the_same(fixture: Fixture) -> None:
         ms += [costs.op_ms(graph, op, k, split) for split in op.splits for k in (2, 3, 4, 8)]
         assert all(one >= 0 for one in ms) and (op.is_view or min(ms) > 0), op
         assert not op.is_view or max(ms) == 0
-        found += [*ms, *(costs.launch_ms(graph, op, 2) if op.is_comm else ())]
+        found += [*ms, *(costs.launch_ms(graph, op, 2, op.splits[0]) if op.is_comm else ())]
     everyones: list[Any] = [None] * NUM_RANKS
     dist.all_gather_object(everyones, (found, graph.fingerprint))
     assert everyones[0] == everyones[1]
@@ -113,9 +117,20 @@ def every_op_has_a_cost_and_all_ranks_have_the_same(fixture: Fixture) -> None:
 @check
 def equal_ops_are_measured_once(fixture: Fixture) -> None:
     before = fixture.bench.num_measured
-    again = measure_costs(fixture.captured, fixture.bench, fixture.link, num_parts=(2, 4))
+    again = measure_costs(fixture.captured, fixture.bench, {"group0": fixture.link}, num_parts=(2, 4))
     assert fixture.bench.num_measured == before
     assert again == fixture.costs
+
+
+@check
+def a_slow_rank_sets_the_pace_of_all(fixture: Fixture) -> None:
+    name = next(iter(fixture.costs.ops_ms))
+    mine = 1.0 + 2.0 * dist.get_rank()
+    parts = {(name, 0): ((1, mine), (2, mine / 2))}
+    both = averaged(replace(fixture.costs, ops_ms={name: mine, "other": 1.0}, parts_ms=parts), None)
+    assert both.ops_ms == pytest.approx({name: 2.0 * 4 / 3, "other": 4 / 3})  # totals of 2 and 4 ms
+    assert both.parts_ms[name, 0] == ((1, pytest.approx(8 / 3)), (2, pytest.approx(4 / 3)))
+    assert both.links == fixture.costs.links and both.copies == fixture.costs.copies
 
 
 @check
@@ -136,9 +151,60 @@ def joins_cost_copies(fixture: Fixture) -> None:
 
 
 @check
+def slices_that_lie_in_pieces_cost_copies(fixture: Fixture) -> None:
+    graph, costs = fixture.captured.graph, fixture.costs
+    buffer = next(op.outputs[0] for op in graph.ops if op.target.startswith("llmsys.moe_dispatch"))
+    assert costs.slice_ms(buffer, 1, 2) > 0 == costs.slice_ms(buffer, 1, 1) == costs.slice_ms(buffer, 0, 2)
+    assert costs.copied_slices  # and what rewriting a plan copies is what costs
+    values = {name: outputs_of(node)[0] for node, name in fixture.captured.names.items()}
+    for name, axis in sorted(costs.copied_slices):
+        value, cut, graph_of_slices = values[name], cut_in(fixture.captured, name, axis), torch.fx.Graph()
+        whole = graph_of_slices.placeholder("whole")
+        ends = [0, cut.size // 2, cut.size]
+        graph_of_slices.output(slice_parts(graph_of_slices, whole, value, axis, cut, ends))
+        tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        parts = torch.fx.GraphModule(torch.nn.Module(), graph_of_slices)(tensor)
+        assert parts[1].untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr(), (name, axis)
+
+
+@check
+def irregular_parts_send_no_more_than_the_choices(fixture: Fixture) -> None:
+    """Buffers have 1.25 times as many rows as there are tokens; a regular part has its share of them all."""
+    graph, costs = fixture.captured.graph, fixture.costs
+    there, back = (graph.ops[op] for op in graph.comm_ops("all_to_all")[:2])
+    assert {name: costs.irregular[name].kind for name in (there.name, back.name)} == {
+        there.name: "there",
+        back.name: "back",
+    }
+    assert costs.irregular[there.name].fill == costs.irregular[back.name].fill == pytest.approx(1 / 1.25)
+    flat = MessageTable(sizes_bytes=(0.0, 1e6), ms=(0.0, 1e3))  # 1 us for each byte
+    none = MessageTable(sizes_bytes=(0.0, 1e6), ms=(0.0, 0.0))
+    one = MessageTimes(start=flat, lane=flat, wait=flat, stream=flat, taken=none)
+    known = replace(costs, links={"group0": replace(fixture.link, dense=one, there=one, back=one)})
+    size = graph.tensors[there.inputs[0]].size_bytes
+    dense, rows = there.splits
+    assert is_irregular(rows.inputs[0]) and not is_irregular(dense.inputs[0])
+    assert known.op_ms(graph, there, 2, dense) == pytest.approx(size / 2 / 1e3)
+    assert known.op_ms(graph, there, 2, rows) == pytest.approx(size / 2 / 1e3 / 1.25)
+    assert known.launch_ms(graph, there, 2, rows) == pytest.approx((size / 2 / 1e3 / 1.25,) * 2)
+    assert known.launch_ms(graph, there, 2, dense) == pytest.approx((size / 2 / 1e3,) * 2)
+
+
+@check
+def what_a_message_takes_of_computation_is_counted_once(fixture: Fixture) -> None:
+    graph, costs = fixture.captured.graph, fixture.costs
+    op = graph.ops[graph.comm_ops("all_to_all")[0]]
+    table = {ms: MessageTable(sizes_bytes=(0.0, 1.0), ms=(ms, ms)) for ms in (1.0, 2.0, 3.0, 8.0, 6.0)}
+    times = MessageTimes(start=table[1.0], lane=table[8.0], wait=table[2.0], stream=table[6.0], taken=table[3.0])
+    known = replace(costs, links={"group0": replace(fixture.link, dense=times)})
+    assert known.launch_ms(graph, op, 1) == (4.0, 2.0) and known.op_ms(graph, op) == 5.0
+    assert known.op_ms(graph, op, 2, op.splits[0]) == 3.0
+
+
+@check
 def an_op_of_another_step_is_an_error(fixture: Fixture) -> None:
     graph = fixture.captured.graph
-    other = MeasuredCosts(name="none", ops_ms={}, parts_ms={}, copies=fixture.costs.copies, link=fixture.link)
+    other = MeasuredCosts(name="none", ops_ms={}, parts_ms={}, copies=fixture.costs.copies, links={})
     op = next(op for op in graph.ops if not op.is_view and not op.is_comm)
     with pytest.raises(InputError, match="no measured time"):
         other.op_ms(graph, op)

@@ -12,7 +12,7 @@ import torch
 
 from llmsys.core.errors import InputError, LlmsysError
 from llmsys.lancet.runtime.profile_cache import ProfileCache
-from llmsys.lancet.runtime.profiler import Bench, BenchSettings, Operand, Prepared
+from llmsys.lancet.runtime.profiler import Bench, BenchSettings, Operand, Prepared, Values
 
 QUICK = BenchSettings(num_warmup=0, min_repeats=1, max_repeats=3, budget_ms=0.0, evict_mb=0.0)
 
@@ -150,6 +150,22 @@ def test_a_resized_operand_keeps_its_order_of_strides() -> None:
     expanded = Operand(shape=(4, 6), stride=(1, 0), dtype=torch.float32).resized(0, 2)
     assert (expanded.shape, expanded.stride) == ((2, 6), (1, 0))
     assert part.make(torch.device("cpu")).stride() == (1, 4)
+
+
+@pytest.mark.parametrize("what", ["any", "below", "experts", "slots"])
+def test_what_is_repeated_is_stored_once(what: Values) -> None:
+    """Backward passes of means and sums have inputs of stride 0; writing to such a tensor is an error in torch."""
+    for dtype in (torch.float32, torch.int64) if what == "any" else (torch.int64,):
+        limits = (5,) if what == "below" else (4, 3)
+        operand = Operand(shape=(6, 2), stride=(0, 1), dtype=dtype, values=what, limits=limits)
+        made = operand.make(torch.device("cpu"))
+        assert (made.shape, made.stride(), made.dtype) == ((6, 2), (0, 1), dtype)
+        assert made.untyped_storage().nbytes() == 2 * made.itemsize
+        assert torch.equal(made, made[:1].expand(6, 2))
+        if what == "below":
+            assert int(made.min()) >= 0 and int(made.max()) < 5
+    scalar = Operand(shape=(3, 4), stride=(0, 0), dtype=torch.float32).make(torch.device("cpu"))
+    assert scalar.stride() == (0, 0) and scalar.untyped_storage().nbytes() == 4 and scalar.isfinite().all()
 
 
 def test_choices_have_slots_of_their_own() -> None:

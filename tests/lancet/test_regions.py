@@ -9,7 +9,7 @@ import pytest
 from llmsys.core.errors import InputError
 from llmsys.lancet.axes import infer_splits
 from llmsys.lancet.costs import TableCosts
-from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Graph
+from llmsys.lancet.graph import LAST, PARTIAL, REPLICATED, Graph, Op, Split
 from llmsys.lancet.partition import capacity_region, region_ms
 from llmsys.lancet.plan import WHOLE, Instruction, Join, Region, Run, Slice, Start, Wait
 from llmsys.lancet.regions import emit, layout, span
@@ -189,8 +189,8 @@ def test_copies_cost_what_the_cost_model_says() -> None:
 
 def test_starts_and_waits_cost_what_the_cost_model_says() -> None:
     class Launching(TableCosts):
-        def launch_ms(self, graph: Graph, op: object, num_parts: int) -> tuple[float, float]:
-            assert num_parts == 2
+        def launch_ms(self, graph: Graph, op: Op, num_parts: int, split: Split | None) -> tuple[float, float]:
+            assert num_parts == 2 and split in op.splits
             return 0.5, 0.25
 
     graph = mini_step(1)

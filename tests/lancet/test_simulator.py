@@ -10,9 +10,9 @@ import pytest
 from llmsys.core.errors import InputError, PlanError
 from llmsys.lancet.baselines import AsCaptured, CapacityPipelining, RaiseSink
 from llmsys.lancet.config import PlannerConfig
-from llmsys.lancet.costs import CostModel, TableCosts
+from llmsys.lancet.costs import CostModel, RooflineCosts, TableCosts
 from llmsys.lancet.estimate import Pricer
-from llmsys.lancet.graph import Graph, Op
+from llmsys.lancet.graph import Graph, Op, Split, is_irregular
 from llmsys.lancet.plan import Instruction, Plan, Run, Start, Wait
 from llmsys.lancet.planner import Lancet, Planner
 from llmsys.lancet.simulator import SimulationResult, simulate
@@ -23,12 +23,22 @@ pytestmark = pytest.mark.native
 QUICK = PlannerConfig(axis_solver="propagate")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchCosts(TableCosts):
-    """Starts and waits take time of the compute lane too."""
+class Launches:
+    """Starts and waits take time of the compute lane too, by how the op is cut."""
 
-    def launch_ms(self, graph: Graph, op: Op, num_parts: int) -> tuple[float, float]:
-        return 0.25, 0.5
+    def launch_ms(self, graph: Graph, op: Op, num_parts: int, split: Split | None) -> tuple[float, float]:
+        assert (num_parts == 1) == (split is None) and (split is None or split in op.splits)
+        return (0.25, 0.5) if split is None or is_irregular(split.inputs[0]) else (0.125, 1.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchCosts(Launches, TableCosts):
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchRoofline(Launches, RooflineCosts):
+    pass
 
 
 def assert_as_estimated(result: SimulationResult, plan: Plan) -> None:
@@ -50,15 +60,19 @@ def test_estimate_and_simulation_are_equal(seed: int, with_launch: bool) -> None
         assert_as_estimated(simulate(graph, plan, costs), plan)
 
 
+@pytest.mark.parametrize("with_launch", [False, True])
 @pytest.mark.parametrize("planner", [Lancet(), CapacityPipelining(degree=2), CapacityPipelining(degree=4)])
-def test_they_are_equal_with_parts(planner: Planner) -> None:
+def test_they_are_equal_with_parts(planner: Planner, with_launch: bool) -> None:
     graph, costs = gpt_step()
+    if with_launch:
+        assert isinstance(costs, RooflineCosts)
+        costs = LaunchRoofline(**{one.name: getattr(costs, one.name) for one in fields(costs)})
     plan = planner.make(graph, costs, QUICK)
     assert plan.regions
     result = simulate(graph, plan, costs)
     assert_as_estimated(result, plan)
     kinds = {span.kind for span in result.timeline.spans}
-    assert kinds == {"forward", "backward", "copies", "all_to_all"}
+    assert kinds == {"forward", "backward", "copies", "all_to_all", *(("launch",) if with_launch else ())}
     assert set(result.timeline.lanes) == {"compute", "comm ep"}
 
 

@@ -1,34 +1,46 @@
 """Costs of a captured step that were measured on this machine: a `CostModel` for planners and the simulator.
 
 All ranks measure at the same time, so that each has the share of memory bandwidth that it has in a step, and then use
-the means of their times: planners need equal costs on all ranks.
+the same times, made of all ranks': planners need equal costs everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from llmsys.core.errors import InputError
 from llmsys.lancet.costs import MessageTable
 from llmsys.lancet.graph import LAST, PARTIAL, Graph, Op, Split, Tensor, is_irregular
 from llmsys.lancet.passes.capture import Captured
-from llmsys.lancet.runtime import irregular
-from llmsys.lancet.runtime.messages import LinkTimes
+from llmsys.lancet.runtime.collectives import CollectiveTimes, measure_collectives
+from llmsys.lancet.runtime.copies import copied_slices, measure_copies
+from llmsys.lancet.runtime.messages import LinkTimes, MessageTimes
 from llmsys.lancet.runtime.op_calls import OpCall
-from llmsys.lancet.runtime.profiler import Bench, Prepared
+from llmsys.lancet.runtime.profiler import Bench
 
 Curve = tuple[tuple[int, float], ...]
 """Times of one part, in ms, by the number of parts."""
 
-_COPY_SIZES = tuple(1 << power for power in range(14, 26, 2))
-_COPY_ROW_BYTES = 1024
-_COPIES = ("cat", "add", "rows")
+_MAX_TAKEN = 0.9  # of a message's time: noise in what it takes must not leave nothing on its lane
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IrregularMessage:
+    """``kind``: "there", to the experts, or "back". ``fill``: the share of the buffer's rows that can be filled, since
+    there are no more than choices; only these are sent.
+    """
+
+    kind: str
+    fill: float
+
+
+_DENSE = IrregularMessage(kind="dense", fill=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +48,19 @@ class MeasuredCosts:
     """Times by op name. Of ops that can be split, curves of one part's time by (op name, place of the split).
 
     Numbers of parts between those measured are interpolated in the time of all parts together; beyond them it stays.
-    ``copies``: "cat" of the parts of a tensor, "add" of two tensors, "rows" of an irregular join, by bytes.
+    ``copies``: see `measure_copies`; ``copied_slices``: the (tensor, axis) of which parts are no views.
+    ``links``: all-to-alls, by the graph's lanes; ``collectives``: all other communication, by op name.
+    ``irregular``: what all-to-alls do in irregular parts, by op name.
     """
 
     name: str
     ops_ms: Mapping[str, float]
     parts_ms: Mapping[tuple[str, int], Curve]
     copies: Mapping[str, MessageTable]
-    link: LinkTimes
-    comm_kinds: Mapping[str, str] = field(default_factory=dict)
+    links: Mapping[str, LinkTimes]
+    collectives: Mapping[str, CollectiveTimes] = field(default_factory=dict)
+    irregular: Mapping[str, IrregularMessage] = field(default_factory=dict)
+    copied_slices: frozenset[tuple[str, int]] = frozenset()
 
     def op_ms(self, graph: Graph, op: Op, num_parts: int = 1, split: Split | None = None) -> float:
         if op.is_view:
@@ -58,8 +74,8 @@ class MeasuredCosts:
         return float(all_parts) / num_parts
 
     def slice_ms(self, tensor: Tensor, axis: int, num_parts: int) -> float:
-        """Slices are views; those of a dimension with the capacity inside an outer factor are taken for views too."""
-        return 0.0
+        is_copied = num_parts > 1 and (tensor.name, axis) in self.copied_slices
+        return self.copies["slice"].time_ms(tensor.size_bytes) if is_copied else 0.0
 
     def join_ms(self, tensor: Tensor, axis: int, num_parts: int) -> float:
         if axis == LAST:
@@ -68,23 +84,32 @@ class MeasuredCosts:
             return (num_parts - 1) * self.copies["add"].time_ms(tensor.size_bytes)
         return self.copies["rows" if is_irregular(axis) else "cat"].time_ms(tensor.size_bytes)
 
-    def launch_ms(self, graph: Graph, op: Op, num_parts: int) -> tuple[float, float]:
-        """What the compute lane needs to start a communication, and to take over what has arrived."""
-        size = graph.tensors[op.inputs[0]].size_bytes / num_parts
-        times = self.link.of("dense" if num_parts == 1 else self.comm_kinds.get(op.name, "dense"))
-        return times.start.time_ms(size), times.wait.time_ms(size)
+    def launch_ms(self, graph: Graph, op: Op, num_parts: int, split: Split | None = None) -> tuple[float, float]:
+        """What the compute lane needs for a communication: from its start on, and to take over what has arrived.
+
+        What the communication takes of computation beside it is counted at its start, and not on its own lane.
+        """
+        if op.kind != "all_to_all":
+            return self._collective(graph, op).start_ms, 0.0
+        times, size = self._message(graph, op, num_parts, split)
+        taken_ms, _ = _shares(times, size, num_parts)
+        return times.start.time_ms(size) + taken_ms, times.wait.time_ms(size)
 
     def _comm_ms(self, graph: Graph, op: Op, num_parts: int, split: Split | None) -> float:
         if op.kind != "all_to_all":
-            raise InputError(
-                f"there is no measured time of {op.kind} {op.name!r} of graph {graph.name!r}",
-                expected="all-to-alls only",
-                found=op.target,
-                fix="leave other collectives out of the step, or use costs with a table of them",
-            )
-        irregular_part = split is not None and is_irregular(split.inputs[0])
-        kind = self.comm_kinds.get(op.name, "dense") if irregular_part else "dense"
-        return self.link.of(kind).lane.time_ms(graph.tensors[op.inputs[0]].size_bytes / num_parts)
+            return self._collective(graph, op).lane_ms
+        return _shares(*self._message(graph, op, num_parts, split), num_parts)[1]
+
+    def _message(self, graph: Graph, op: Op, num_parts: int, split: Split | None) -> tuple[MessageTimes, float]:
+        """The tables of an all-to-all, and the bytes at which to read them."""
+        is_irregular_part = split is not None and is_irregular(split.inputs[0])
+        form = self.irregular.get(op.name, _DENSE) if is_irregular_part else _DENSE
+        link: LinkTimes = self._found(self.links, op.group, graph)
+        return link.of(form.kind), form.fill * graph.tensors[op.inputs[0]].size_bytes / num_parts
+
+    def _collective(self, graph: Graph, op: Op) -> CollectiveTimes:
+        found: CollectiveTimes = self._found(self.collectives, op.name, graph)
+        return found
 
     def _found(self, table: Mapping[Any, Any], key: object, graph: Graph) -> Any:
         if key not in table:
@@ -97,16 +122,25 @@ class MeasuredCosts:
         return table[key]
 
 
+def _shares(times: MessageTimes, size: float, num_parts: int) -> tuple[float, float]:
+    """What an all-to-all takes of computation beside it, and what is left of its time on the lane."""
+    lane = times.lane if num_parts == 1 else times.stream
+    lane_ms = lane.time_ms(size)
+    taken_ms = min(times.taken.time_ms(size), _MAX_TAKEN * lane_ms)
+    return taken_ms, lane_ms - taken_ms
+
+
 def measure_costs(
     captured: Captured,
     bench: Bench,
-    link: LinkTimes,
+    links: Mapping[str, LinkTimes],
     *,
     num_parts: Sequence[int] = (2, 4, 8),
     group: dist.ProcessGroup | None = None,
 ) -> MeasuredCosts:
     """Measure every op of the step, whole and in these numbers of parts, and the copies; saves the bench's cache.
 
+    ``links``: of each lane of the graph that has all-to-alls. Other collectives are measured here.
     Equal ops are measured once. With torch.distributed initialised all ranks of ``group`` have to call this together.
     """
     ops_ms: dict[str, float] = {}
@@ -119,93 +153,73 @@ def measure_costs(
         for place, split in enumerate(op.splits):
             curve = [(k, OpCall(captured, index, split, k).time_ms(bench)) for k in num_parts]
             parts_ms[op.name, place] = ((1, ops_ms[op.name]), *curve)
-    copies = dict(zip(_COPIES, _copy_tables(bench), strict=True))
+    copies = measure_copies(bench)
     bench.cache.save()
     costs = MeasuredCosts(
         name=f"measured: {bench.environment}",
         ops_ms=ops_ms,
         parts_ms=parts_ms,
         copies=copies,
-        link=link,
-        comm_kinds={graph.ops[op].name: _comm_kind(graph, op) for op in graph.comm_ops("all_to_all")},
+        links=links,
+        collectives=measure_collectives(captured, bench.device),
+        irregular={graph.ops[op].name: _irregular_message(captured, op) for op in graph.comm_ops("all_to_all")},
+        copied_slices=copied_slices(captured),
     )
-    return _averaged(costs, group)
+    return averaged(costs, group)
 
 
-def _comm_kind(graph: Graph, index: int) -> str:
-    """Whether an irregular all-to-all leads to the experts or back: before it, over views, a gate's rows or not."""
-    op = graph.ops[index]
-    while op.inputs and op.inputs[0] in graph.producers:
-        op = graph.ops[graph.producers[op.inputs[0]]]
-        if not op.is_view:
-            break
-    return "there" if op.target.startswith("llmsys.moe_dispatch") else "back"
+def _irregular_message(captured: Captured, index: int) -> IrregularMessage:
+    """Before an all-to-all to the experts, over views, stands the dispatch of a gate's rows; before one back does not.
+
+    Either has the rows of the last dispatch before it.
+    """
+    graph = captured.graph
+    dispatches = [
+        i
+        for i, op in enumerate(graph.ops[:index])
+        if op.target.startswith("llmsys.moe_dispatch") and graph.ancestors[index] >> i & 1
+    ]
+    if not dispatches:
+        return IrregularMessage(kind="back", fill=1.0)
+    choices = math.prod(graph.tensors[graph.ops[dispatches[-1]].inputs[1]].shape)
+    slots = math.prod(graph.ops[dispatches[-1]].outputs[0].shape[:2])
+    source = index
+    while graph.ops[source].inputs[0] in graph.producers and (source == index or graph.ops[source].is_view):
+        source = graph.producers[graph.ops[source].inputs[0]]
+    return IrregularMessage(kind="there" if source in dispatches else "back", fill=min(1.0, choices / slots))
 
 
-def _averaged(costs: MeasuredCosts, group: dist.ProcessGroup | None) -> MeasuredCosts:
+def averaged(costs: MeasuredCosts, group: dist.ProcessGroup | None) -> MeasuredCosts:
+    """Means of the ranks' times, but of operators in proportion to those of the slowest rank: at each all-to-all all
+    ranks wait for it.
+    """
     if not dist.is_initialized():
         return costs
     everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, (costs.ops_ms, costs.parts_ms, costs.copies), group=group)
-    ops_ms = {name: _mean(ranks[0][name] for ranks in everyones) for name in costs.ops_ms}
-    parts_ms = {
-        key: tuple((k, _mean(ranks[1][key][place][1] for ranks in everyones)) for place, (k, _) in enumerate(curve))
-        for key, curve in costs.parts_ms.items()
-    }
-    copies = {
-        name: MessageTable(
-            sizes_bytes=table.sizes_bytes,
-            ms=tuple(_mean(ranks[2][name].ms[place] for ranks in everyones) for place in range(len(table.ms))),
-        )
-        for name, table in costs.copies.items()
-    }
-    return MeasuredCosts(
-        name=costs.name, ops_ms=ops_ms, parts_ms=parts_ms, copies=copies, link=costs.link, comm_kinds=costs.comm_kinds
+    mine = (costs.ops_ms, costs.parts_ms, costs.copies, costs.links, costs.collectives)
+    dist.all_gather_object(everyones, mine, group=group)
+    totals = [sum(ops_ms.values()) for ops_ms, *_ in everyones]
+    slower = max(totals) * len(totals) / sum(totals) if sum(totals) else 1.0
+    ops_ms, parts_ms, copies, links, collectives = _mean(everyones)
+    return replace(
+        costs,
+        ops_ms={name: slower * ms for name, ms in ops_ms.items()},
+        parts_ms={key: tuple((k, slower * ms) for k, ms in curve) for key, curve in parts_ms.items()},
+        copies=copies,
+        links=links,
+        collectives=collectives,
     )
 
 
-def _mean(values: Iterator[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def _copy_tables(bench: Bench) -> tuple[MessageTable, ...]:
-    """Of `_COPIES`: of two parts, into a whole of each size."""
-    makers = {"cat": _cat, "add": _add, "rows": _join_rows}
-    tables = []
-    for what in _COPIES:
-        make = makers[what]
-        ms = [
-            bench.time_ms(f"{what} {size} bytes", lambda make=make, size=size: make(size, bench.device))  # type: ignore[misc]
-            for size in _COPY_SIZES
-        ]
-        rising = tuple(np.maximum.accumulate(ms).tolist())  # noise must not make a larger copy faster
-        tables.append(MessageTable(sizes_bytes=tuple(map(float, _COPY_SIZES)), ms=rising))
-    return tuple(tables)
-
-
-def _halves(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = size // _COPY_ROW_BYTES // 2
-    first, second = (torch.ones(rows, _COPY_ROW_BYTES // 4, device=device) for _ in range(2))
-    return first, second
-
-
-def _cat(size: int, device: torch.device) -> Prepared:
-    parts = _halves(size, device)
-    return Prepared(run=lambda: torch.cat(parts), hot=parts)
-
-
-def _add(size: int, device: torch.device) -> Prepared:
-    first, second = (torch.ones(size // 4, device=device) for _ in range(2))
-    return Prepared(run=lambda: first + second, hot=(first, second))
-
-
-def _join_rows(size: int, device: torch.device) -> Prepared:
-    """Two full parts of two experts."""
-    rows = size // _COPY_ROW_BYTES // 2
-    order = torch.arange(rows, device=device)[:, None]
-    x = torch.ones(rows, _COPY_ROW_BYTES // 4, device=device)
-    parts = [irregular.dispatch(x, order % 2, order // 2 + half * (rows // 2), 2) for half in range(2)]
-    buffers, of_parts = [buffer for buffer, _ in parts], [rows_of for _, rows_of in parts]
-    shape = (2, rows, _COPY_ROW_BYTES // 4)
-    run = lambda: irregular.join(buffers, of_parts, rows, ("g", "e", "c"), shape=shape)  # noqa: E731
-    return Prepared(run=run, hot=tuple(buffers))
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of each number with a fraction in equally built values; all else is the first one's."""
+    first = values[0]
+    if isinstance(first, float):
+        return float(np.mean(values))
+    if isinstance(first, Mapping):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_mean(column) for column in zip(*values, strict=True))
+    if is_dataclass(first):
+        return replace(first, **{f.name: _mean([getattr(v, f.name) for v in values]) for f in fields(first)})  # type: ignore[type-var]
+    return first

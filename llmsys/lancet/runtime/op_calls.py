@@ -89,6 +89,10 @@ class OpCall:
             args = (args[0], sizes, *args[2:])
         return args, kwargs
 
+    def function(self, device: torch.device) -> Callable[[], object]:
+        """The call, with inputs made on ``device``."""
+        return self._function([o.make(device) if isinstance(o, Operand) else o for o in self._operands])
+
     def _prepared(self, device: torch.device) -> Prepared:
         made = [o.make(device) if isinstance(o, Operand) else o for o in self._operands]
         hot = tuple(

@@ -44,7 +44,7 @@ class LaunchCosts:
     def join_ms(self, tensor: Tensor, axis: int, num_parts: int) -> float:
         return self.base.join_ms(tensor, axis, num_parts)
 
-    def launch_ms(self, graph: Graph, op: Op, num_parts: int) -> tuple[float, float]:
+    def launch_ms(self, graph: Graph, op: Op, num_parts: int, split: Split | None = None) -> tuple[float, float]:
         return self.starts_ms.get(op.name, 0.0), 0.0
 
 
@@ -101,7 +101,7 @@ def _communication(
     if region is not None:
         num_parts, split = region.num_parts, op.splits[region.splits[region.ops.index(start.op)]]
     launch = getattr(costs, "launch_ms", None)
-    after_ms = min(launch(graph, op, num_parts)[1] if launch else 0.0, wait.duration_ms)
+    after_ms = min(launch(graph, op, num_parts, split)[1] if launch else 0.0, wait.duration_ms)
     expected_ms = costs.op_ms(graph, op, num_parts, split)
     arrived_s = wait.end_s - after_ms / 1e3
     blocked = wait.duration_ms > 2 * after_ms + 0.1

@@ -40,7 +40,7 @@ def agree(
     *,
     group: dist.ProcessGroup | None = None,
     deadlines: Deadlines | None = None,
-    error: LlmsysError | None = None,
+    error: Exception | None = None,
 ) -> str:
     """What ``make`` returns on the first rank of the group, if the ``lines`` of all its ranks are equal.
 
@@ -66,9 +66,12 @@ class _Exchange:
         self._ranks = ranks
         self._deadlines = deadlines
 
-    def lead(self, lines: Sequence[str], make: Callable[[], str], error: LlmsysError | None) -> str:
+    def lead(self, lines: Sequence[str], make: Callable[[], str], error: Exception | None) -> str:
         own = self._ranks[0]
-        found = error or self._compare(lines)
+        if error is not None:
+            self._put("verdict", _packed(_told(error, own)))
+            raise error
+        found = self._compare(lines)
         if found is None:
             self._put("verdict", "")
             try:
@@ -78,10 +81,10 @@ class _Exchange:
                 raise
             self._put("made", "=" + made)
             return made
-        self._put("verdict", _packed(_told(found, own) if error is not None else found))
+        self._put("verdict", _packed(found))
         raise found
 
-    def follow(self, lines: Sequence[str], error: LlmsysError | None) -> str:
+    def follow(self, lines: Sequence[str], error: Exception | None) -> str:
         own = dist.get_rank()
         text = "\n".join(lines)
         self._put(f"lines{own}", text)

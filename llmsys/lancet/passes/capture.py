@@ -11,6 +11,7 @@ this it gets tensors of no bytes from those before it, and the graph's all-to-al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -20,6 +21,7 @@ from torch import fx
 from llmsys.core.errors import InputError
 from llmsys.lancet.graph import Graph, Kind, Op, Phase, Split, Tensor
 from llmsys.lancet.passes.calls import Call, has_symbols, is_getitem, operands, outputs_of, place_of
+from llmsys.lancet.passes.free_slots import keep_safe_splits
 from llmsys.lancet.passes.layout import Layout, made_layouts, splits_of
 from llmsys.lancet.passes.operators import (
     collective_kind,
@@ -33,6 +35,7 @@ from llmsys.lancet.passes.operators import (
     is_view,
     is_wait,
     layer_of,
+    note_random_results,
     reads_sizes,
     remove_dead,
     target_name,
@@ -88,10 +91,12 @@ def capture(forward: fx.GraphModule, backward: fx.GraphModule | None = None, *, 
     if backward is not None:
         reader.read(backward, "backward")
     outputs = [n for module in (forward, backward) if module is not None for n in _returned(module)]
+    results = {reader.names[n] for n in outputs} - _saved(forward, backward, reader.names)
+    ops = keep_safe_splits(reader.ops, [nodes.node for nodes in reader.nodes], reader.layouts, results)
     graph = Graph(
         name=name,
         inputs=tuple(reader.inputs),
-        ops=tuple(reader.ops),
+        ops=tuple(ops),
         outputs=tuple(dict.fromkeys(reader.names[n] for n in outputs)),
     )
     return Captured(
@@ -104,6 +109,15 @@ def capture(forward: fx.GraphModule, backward: fx.GraphModule | None = None, *, 
         groups={lane: group for group, lane in reader.lanes.items()},
         has_symbols=reader.has_symbols,
     )
+
+
+def _saved(forward: fx.GraphModule, backward: fx.GraphModule | None, names: Mapping[fx.Node, str]) -> set[str]:
+    """The tensors that the forward returns for the backward only."""
+    if backward is None:
+        return set()
+    taken = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+    times = Counter(_returned(forward))
+    return {names[node] for node, number in times.items() if number == 1 and node.name in taken}
 
 
 def _returned(module: fx.GraphModule) -> Iterable[fx.Node]:
@@ -133,6 +147,7 @@ class _Reader:
 
     def read(self, module: fx.GraphModule, phase: Phase) -> None:
         self._phase = phase
+        note_random_results(module)
         remove_dead(module)
         nodes = list(module.graph.nodes)
         self._num_ranks = _ranks_of_layers(nodes)
@@ -213,7 +228,7 @@ class _Reader:
     def _append(
         self, node: fx.Node, kind: Kind, results: tuple[fx.Node, ...], places: tuple[int, ...], made: tuple[Tensor, ...]
     ) -> None:
-        inputs = tuple(self.names[n] for n in operands(node))
+        inputs = tuple(self._name_of(n, node) for n in operands(node))
         symbolic = any(map(has_symbols, (v for n in (node, *operands(node)) for v in outputs_of(n))))
         self.has_symbols |= symbolic
         op = Op(
@@ -234,6 +249,16 @@ class _Reader:
         )
         self.ops.append(self._ordered(op, node))
         self.nodes.append(OpNodes(node=node, results=results))
+
+    def _name_of(self, used: fx.Node, user: fx.Node) -> str:
+        if used not in self.names:
+            raise InputError(
+                f"node {user.name!r} of the {self._phase} graph uses a result that tracing did not describe",
+                expected="operators whose results are tensors",
+                found=f"{used.name!r}, made by {used.target}",
+                fix="compile this model with another backend",
+            )
+        return self.names[used]
 
     def _splits(
         self, call: Call, inputs: tuple[str, ...], places: tuple[int, ...], made: tuple[Tensor, ...]

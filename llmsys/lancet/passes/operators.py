@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers torch.ops._c10d_functional
 from torch import fx
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.utils.flop_counter import flop_registry
 
 from llmsys.lancet.graph import Kind, Tensor
@@ -101,6 +102,8 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
+    if node.target is run_and_save_rng_state:
+        return True
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -111,6 +114,20 @@ def is_random(node: fx.Node) -> bool:
             if given in (0, 0.0, False):
                 return False
     return True
+
+
+def note_random_results(module: fx.GraphModule) -> None:
+    """Add what tracing would have noted to the calls by which torch draws the same numbers again in the backward.
+
+    They replace random operators that activation checkpointing recomputes, after tracing.
+    """
+    for node in module.graph.nodes:
+        if node.target is run_and_save_rng_state:
+            found = {user.args[1]: user.meta.get("val") for user in node.users}
+            node.meta["val"] = (found.get(0), found.get(1))
+        elif node.target is run_with_rng_state and "val" not in node.meta:
+            _, drawn, *args = fx.map_arg(node.args, lambda n: n.meta["val"])
+            node.meta["val"] = drawn(*args, **fx.map_arg(node.kwargs, lambda n: n.meta["val"]))
 
 
 def remove_dead(module: fx.GraphModule) -> None:

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
 
-from llmsys.core.errors import LlmsysError
 from llmsys.lancet.config import PlannerConfig
 from llmsys.lancet.costs import CostModel
 from llmsys.lancet.passes.agreement import Deadlines, agree
@@ -57,7 +56,7 @@ def plan_step(captured: Captured, costs: CostSource, planning: Planning) -> Plan
     agree(captured.lines(), str, group=planning.group, deadlines=planning.deadlines)
     try:
         found = costs(captured) if callable(costs) else costs
-    except LlmsysError as error:
+    except Exception as error:
         refuse_step(error, planning)
         raise
 
@@ -78,6 +77,6 @@ def plan_step(captured: Captured, costs: CostSource, planning: Planning) -> Plan
     return plan
 
 
-def refuse_step(error: LlmsysError, planning: Planning) -> None:
+def refuse_step(error: Exception, planning: Planning) -> None:
     """Tell the other ranks, which are in `plan_step`, that this one cannot go on; raises ``error``."""
     agree([], lambda: "", group=planning.group, deadlines=planning.deadlines, error=error)

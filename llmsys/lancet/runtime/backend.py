@@ -21,7 +21,6 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import default_partition
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llmsys.core.errors import LlmsysError
 from llmsys.lancet.graph import Graph
 from llmsys.lancet.passes.capture import Captured, capture
 from llmsys.lancet.passes.planning import CostSource, Planning, plan_step, refuse_step
@@ -90,7 +89,7 @@ class LancetBackend:
             return None
         try:
             captured = capture(forward, backward, name=f"step{len(self.steps)}")
-        except LlmsysError as error:
+        except Exception as error:
             refuse_step(error, self._planning)
             raise
         if not captured.graph.comm_ops():

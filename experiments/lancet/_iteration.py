@@ -32,7 +32,7 @@ def panels(rows: pd.DataFrame) -> Figure:
             style.grouped_bars(ax, mine, category="num_gpus", value="iteration_ms", methods=methods)
             batches = ", ".join(str(batch) for batch in dict.fromkeys(mine["batch_per_gpu"]))
             ax.set(title=f"{model}, {cluster}, {batches} sequences a GPU", xlabel="GPUs", ylabel="iteration time (ms)")
-    style.legend(figure, rows, methods=methods)
+    style.legend(figure, rows, methods=methods, num_columns=2 if figure.get_figwidth() < 7 else None)
     return figure
 
 

@@ -116,7 +116,7 @@ def medians(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 
 def plot(rows: pd.DataFrame) -> Figure:
     figure, axes = style.subplots(1, 2, panel_width_in=5.2, panel_height_in=3.6)
-    panels = (("step_ms", "step (ms, median)"), ("waited_ms", "waiting for communication (ms, median)"))
+    panels = (("step_ms", "step (ms, median)"), ("waited_ms", "waits for messages (ms, median)"))
     for ax, (value, label) in zip(axes[0], panels, strict=True):
         shown = rows.groupby(["model", "method", "source"], sort=False)[value].median().reset_index()
         style.grouped_bars(ax, shown, category="model", value=value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ class LancetBackend:
 
     def __init__(self, *, costs: CostSource | None = None, planning: Planning | None = None) -> None:
         self.steps: list[CompiledStep] = []
-        self._costs = costs or measured_step_costs
         self._planning = planning or Planning()
+        self._costs = costs or partial(measured_step_costs, group=self._planning.group)
         self._compile = aot_autograd(
             fw_compiler=_as_it_is, inference_compiler=self._compile_inference, partition_fn=self._partition
         )

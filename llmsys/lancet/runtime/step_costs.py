@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 
@@ -16,15 +18,22 @@ _ROW_BYTES = 1024
 _PART_SIZES = (1, 2, 4, 8)
 
 
-def measured_step_costs(captured: Captured) -> MeasuredCosts:
+_log = logging.getLogger(__name__)
+
+
+def measured_step_costs(captured: Captured, group: dist.ProcessGroup | None = None) -> MeasuredCosts:
     """Operators by the profiler, whose cache is a file of the user's; communication on the groups of the step.
 
-    Takes seconds to minutes the first time. All ranks call it together, with equal graphs. Blocks. A step may have
-    several groups, also ones that overlap: all ranks measure lane after lane, in the order of the graph.
+    Takes seconds to minutes the first time. All ranks of ``group`` (None: all) call it together, with equal graphs.
+    Blocks. A step may have several groups, also ones that overlap: all ranks measure lane after lane, in the order of
+    the graph.
     """
+    cache = default_cache_file()
+    if dist.get_rank(group) == 0:
+        _log.warning("lancet: measuring %d operators and their all-to-alls, see %s", len(captured.graph.ops), cache)
     links = {lane: found for lane in captured.groups if (found := _link(captured, lane)) is not None}
-    bench = Bench(ProfileCache(default_cache_file()), device=_device(captured).type)
-    return measure_costs(captured, bench, links, group=dist.group.WORLD)
+    bench = Bench(ProfileCache(cache), device=_device(captured).type)
+    return measure_costs(captured, bench, links, group=group or dist.group.WORLD)
 
 
 def _link(captured: Captured, lane: str) -> LinkTimes | None:

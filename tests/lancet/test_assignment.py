@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from llmsys.core.errors import InputError
+from llmsys.core.specs import NODES
 from llmsys.lancet.assignment import UNASSIGNED, assign_exact, assign_greedy, hidden_ms
+from llmsys.lancet.costs import cluster_costs
+from llmsys.lancet.labelling import find_candidates
+from llmsys.lancet.workload import StepConfig, build_step, moe_model
 
 Case = tuple[list[float], list[float], list[list[int]]]
 
@@ -108,3 +112,22 @@ def test_broken_input_is_named(assign, comm_ms, unit_ms, allowed, found) -> None
     with pytest.raises(InputError) as error:
         assign(comm_ms, unit_ms, allowed)
     assert error.value.found == found
+
+
+@pytest.mark.parametrize("node", ["p4de", "p3dn"])
+@pytest.mark.parametrize("model", ["gpt2_s_moe", "gpt2_l_moe"])
+@pytest.mark.parametrize("num_gpus", [16, 64])
+def test_greedy_is_within_two_percent_of_the_best_on_the_papers_models(model: str, node: str, num_gpus: int) -> None:
+    batch = {"gpt2_s_moe": 16, "gpt2_l_moe": 8}[model]
+    graph = build_step(StepConfig(model=moe_model(model), num_gpus=num_gpus, batch_per_gpu=batch, gate="switch"))
+    costs = cluster_costs(NODES[node], num_gpus, arithmetic="tf32" if node == "p4de" else "fp32")
+    op_ms = [costs.op_ms(graph, op) for op in graph.ops]
+    found = find_candidates(graph, op_ms)
+    comm_ms = [op_ms[op] for op in found.all_to_alls]
+    unit_ms = [unit.duration_ms for unit in found.units]
+    assert len(comm_ms) >= 12 and len(unit_ms) > len(comm_ms)
+    greedy = assign_greedy(comm_ms, unit_ms, found.movable)
+    best = assign_exact(comm_ms, unit_ms, found.movable, gap=0.001)
+    assert greedy.hidden_ms >= 0.98 * best.hidden_ms
+    # In one of these the solver's limit comes before the bound does: nothing hides more than 3.5% above the greedy one.
+    assert greedy.hidden_ms >= 0.965 * best.bound_ms

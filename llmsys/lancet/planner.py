@@ -40,7 +40,7 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lancet:
-    """The paper's planner (sections 4 and 5), as far as ``config`` lets it: both passes, one, or none.
+    """The paper's planner, as far as ``config`` lets it: both passes, one, or none.
 
     The fastest by the planner's own estimate of: the captured order, that with starts raised and waits sunk, weight
     gradients moved, ranges in parts, and both. Weight gradients are dealt to all-to-alls once by the whole time of each

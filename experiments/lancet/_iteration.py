@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments import style
-from experiments.lancet._setup import AS_CAPTURED, LANCET, PAPER_BASELINES, RAISE_SINK, Point, simulated_row
-from experiments.record import Comparison, Row, RunContext
+from experiments.lancet._setup import (
+    AS_CAPTURED,
+    COMPARED,
+    LANCET,
+    PAPER_BASELINES,
+    RAISE_SINK,
+    Assumptions,
+    Point,
+    simulated_row,
+)
+from experiments.record import Comparison, Row, RunContext, require_positive
 
 GPUS_PER_NODE = 8
 WITHOUT_ONE_NODE = "inside one node all-to-alls take nearly no time; which points the paper's mean is over is not known"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """``models`` are keys of ``llmsys.lancet.workload.MODELS``, ``clusters`` and ``systems`` those of ``_setup``."""
+
+    models: tuple[str, ...] = ("gpt2_s_moe", "gpt2_l_moe")
+    clusters: tuple[str, ...] = ("A100", "V100")
+    num_gpus: tuple[int, ...] = (8, 16, 32, 64)
+    systems: tuple[str, ...] = COMPARED
+    assumed: Assumptions = field(default_factory=Assumptions)
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_gpus")
 
 
 def run_points(context: RunContext, chosen: Sequence[Point], systems: Sequence[str]) -> list[Row]:

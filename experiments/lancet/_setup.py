@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from llmsys.lancet.planner import Lancet, Planner
 from llmsys.lancet.simulator import simulate
 from llmsys.lancet.workload import Gate, StepConfig, build_step, moe_model
 
+T = TypeVar("T")
 Batches = Literal["text", "artifact"]
 
 EVEN = "even"
@@ -142,28 +143,24 @@ class Point:
 
 def cluster(name: str) -> Cluster:
     """The cluster called ``name``; ConfigError with the nearest name for any other."""
-    if name not in CLUSTERS:
-        near = difflib.get_close_matches(name, CLUSTERS, n=1)
-        raise ConfigError(
-            f"there is no cluster {name!r}",
-            expected="one of " + ", ".join(CLUSTERS),
-            found=repr(name),
-            fix=f"did you mean {near[0]!r}?" if near else "choose one of these",
-        )
-    return CLUSTERS[name]
+    return _named("cluster", name, CLUSTERS)
 
 
 def system(name: str) -> System:
     """The system called ``name``; ConfigError with the nearest name for any other."""
-    if name not in SYSTEMS:
-        near = difflib.get_close_matches(name, SYSTEMS, n=1)
+    return _named("system", name, SYSTEMS)
+
+
+def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         raise ConfigError(
-            f"there is no system {name!r}",
-            expected="one of " + ", ".join(SYSTEMS),
+            f"there is no {kind} {name!r}",
+            expected="one of " + ", ".join(known),
             found=repr(name),
             fix=f"did you mean {near[0]!r}?" if near else "choose one of these",
         )
-    return SYSTEMS[name]
+    return known[name]
 
 
 @cache

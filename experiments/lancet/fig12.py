@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.lancet._iteration import panels, run_points, speedups
-from experiments.lancet._setup import COMPARED, Assumptions, points
-from experiments.record import Comparison, Row, RunContext, require_positive
+from experiments.lancet._iteration import Config, panels, run_points, speedups
+from experiments.lancet._setup import points
+from experiments.record import Comparison, Row, RunContext
 
 TITLE = "Fig. 12: iteration time, Batch-Prioritized gate"
 CLAIM = """The paper: up to 1.24x (mean 1.17x) on A100 and up to 1.24x (mean 1.21x) on V100 over Tutel and RAF. This
@@ -19,20 +17,6 @@ ours fall from Fig. 11 to here by 4%, the paper's hardly. Why is not known to us
 which costs ours next to nothing."""
 PAPER = {"A100": (1.17, 1.24), "V100": (1.21, 1.24)}
 """Mean and largest speed-up over the baselines that the text gives."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """``models`` are keys of ``llmsys.lancet.workload.MODELS``, ``clusters`` and ``systems`` those of ``_setup``."""
-
-    models: tuple[str, ...] = ("gpt2_s_moe", "gpt2_l_moe")
-    clusters: tuple[str, ...] = ("A100", "V100")
-    num_gpus: tuple[int, ...] = (8, 16, 32, 64)
-    systems: tuple[str, ...] = COMPARED
-    assumed: Assumptions = field(default_factory=Assumptions)
-
-    def __post_init__(self) -> None:
-        require_positive(self, "num_gpus")
 
 
 def run(cfg: Config, context: RunContext) -> list[Row]:

@@ -1,4 +1,1 @@
-"""Shared communication: tensor registry, transports, all-to-all, point-to-point, plan store, rank launch.
-
-Not built yet.
-"""
+"""Shared communication: tensor registry, transports, all-to-all, point-to-point, plan store, rank launch."""

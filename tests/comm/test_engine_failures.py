@@ -305,7 +305,7 @@ def test_lease_is_counted_from_the_heartbeat_that_was_answered() -> None:
 
 
 def test_peer_that_ucx_does_not_reach_is_lost_although_it_is_heard_of() -> None:
-    engine, other = new_engine("ucx", lease_s=0.5, heartbeat_s=0.1), new_engine("ucx")
+    engine, other = new_engine("ucx", lease_s=2.0, heartbeat_s=0.1), new_engine("ucx")
     try:
         played = PlayedPeer(engine, other.worker_address())
         played.answer_heartbeat()
@@ -315,8 +315,8 @@ def test_peer_that_ucx_does_not_reach_is_lost_although_it_is_heard_of() -> None:
         began_s = time.monotonic()
         while (frame := played.receive())[0] == played.HEARTBEAT:
             played.send(played.ACK, frame[1])
-        assert "UCX moved nothing for 1." in wait_event(engine, "lost")[2]
-        assert ended(request).error_kind() == "lost" and time.monotonic() - began_s >= 1.0
+        assert "UCX moved nothing for " in wait_event(engine, "lost")[2]
+        assert ended(request).error_kind() == "lost" and time.monotonic() - began_s >= 4.0
     finally:
         engine.close()
         other.close()

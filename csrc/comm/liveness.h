@@ -30,6 +30,8 @@ class Liveness {
 
     bool may_touch(std::int64_t now_ns) const { return now_ns < touch_until_ns_; }
     bool silent(std::int64_t now_ns) const { return now_ns >= last_heard_ns_ + lease_ns_; }
+    // From when on the peer touches nothing here: it last had a heartbeat answered that it sent before it was heard.
+    std::int64_t peer_touches_until_ns() const { return last_heard_ns_ + lease_ns_; }
     // When one of the two changes, unless something arrives.
     std::int64_t next_deadline_ns() const;
     std::int64_t silent_ns(std::int64_t now_ns) const { return now_ns - last_heard_ns_; }

@@ -92,7 +92,8 @@ struct Peer {
     std::map<std::uint64_t, std::string> early;  // overtook an earlier one on another connection of UCX
 
     Ending ending = Ending::none;
-    bool gone = false;  // the ending is complete
+    std::int64_t gone_after_ns = 0;  // the loss is not told before: until then the peer may touch memory here
+    bool gone = false;               // the ending is complete
     std::string reason;
     bool forget = false;  // remove_peer was called
     std::vector<std::function<void()>> when_gone;

@@ -123,6 +123,7 @@ class Progress {
     void send_heartbeats();
     void check_peer(Peer& peer, std::int64_t now_ns);
     void check_stall(Peer& peer, std::int64_t now_ns);
+    void give_up(Peer& peer, const std::string& reason);
     void begin_ending(Peer& peer, Ending ending, const std::string& reason);
     void close_endpoints(Peer& peer);
     void complete_ending(Peer& peer);

@@ -169,7 +169,7 @@ void Progress::check_peer(Peer& checked, std::int64_t now_ns) {
     if (checked.ending == Ending::none && !checked.endpoint_error.empty()) {
         read_socket(checked);
         if (checked.ending == Ending::none && now_ns >= checked.endpoint_failed_ns + kGraceNs) {
-            begin_ending(checked, Ending::lost, checked.endpoint_error);
+            give_up(checked, checked.endpoint_error);
         }
     }
     const bool established = checked.state == PeerState::established;
@@ -181,10 +181,10 @@ void Progress::check_peer(Peer& checked, std::int64_t now_ns) {
         read_socket(checked);
         if (checked.ending == Ending::none && expired()) {
             const bool silent = checked.liveness.silent(now_ns);
-            begin_ending(checked, Ending::lost,
-                         silent ? "nothing was heard of it for " + seconds(checked.liveness.silent_ns(now_ns))
-                                : "it has answered no heartbeat within its lease of " +
-                                      seconds(checked.arguments.peer_lease_ns) + ", so it may take this side for dead");
+            give_up(checked, silent ? "nothing was heard of it for " + seconds(checked.liveness.silent_ns(now_ns))
+                                    : "it has answered no heartbeat within its lease of " +
+                                          seconds(checked.arguments.peer_lease_ns) +
+                                          ", so it may take this side for dead");
         }
     }
     check_stall(checked, now_ns);
@@ -211,8 +211,14 @@ void Progress::check_stall(Peer& checked, std::int64_t now_ns) {
         next_check_ns_ = std::min(next_check_ns_, checked.stalled_ns + kGraceNs);
         return;
     }
-    begin_ending(checked, Ending::lost,
-                 "UCX moved nothing for " + seconds(now_ns - checked.moved_ns) + ", although the peer was heard of");
+    give_up(checked,
+            "UCX moved nothing for " + seconds(now_ns - checked.moved_ns) + ", although the peer was heard of");
+}
+
+// For a loss that this side has decided on, where the peer may live: what it may touch must not be used again yet.
+void Progress::give_up(Peer& lost, const std::string& reason) {
+    if (lost.state == PeerState::established) lost.gone_after_ns = lost.liveness.peer_touches_until_ns();
+    begin_ending(lost, Ending::lost, reason);
 }
 
 // Nothing new is started and UCX is told to drop what is in flight. The rest waits until it has: until then UCX could
@@ -257,6 +263,7 @@ void Progress::complete_ending(Peer& ended) {
     const bool own_will = ended.ending == Ending::removed || ended.ending == Ending::closing;
     if (own_will) send_frame(ended, FrameKind::bye, 0);
     ended.socket.close();
+    if (boottime_ns() < ended.gone_after_ns) return;
     for (const auto& remote : ended.remotes) {
         if (remote->key != nullptr) ucx_.ucp_rkey_destroy(std::exchange(remote->key, nullptr));
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -291,15 +292,23 @@ def test_silent_peer_is_lost_after_the_lease() -> None:
 
 
 def test_lease_is_counted_from_the_heartbeat_that_was_answered() -> None:
-    """A peer that talks and does not answer may have taken this side for dead: its memory must not be touched."""
-    engine = new_engine(lease_s=60.0)
+    """A peer that talks and does not answer may have taken this side for dead: its memory must not be touched.
+
+    It may itself touch memory here until the lease of this side has passed, and the loss is not told before.
+    """
+    engine = new_engine(lease_s=3.0)
     try:
         played = PlayedPeer(engine, engine.worker_address(), lease_s=1.0)
         played.answer_heartbeat()
         wait_event(engine, "established")
+        last_heard_s = time.monotonic()
         while (event := engine.next_event(0.1)) is None:
-            played.send(played.HEARTBEAT, 1)
+            if engine.peer_state(played.peer)["lease_left_s"] > 0.0:
+                last_heard_s = time.monotonic()
+                with contextlib.suppress(OSError):
+                    played.send(played.HEARTBEAT, 1)
         assert event[0] == "lost" and "answered no heartbeat within its lease of 1.000 s" in event[2]
+        assert time.monotonic() - last_heard_s >= 2.5
     finally:
         engine.close()
 
